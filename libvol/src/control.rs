@@ -1,0 +1,415 @@
+//! The API's request and response types, shared by `vold` and `volctl`. JSON over HTTP; field names are stable.
+//!
+//! | method and path | request | response |
+//! |---|---|---|
+//! | `GET /v1/version` | | [`Version`] |
+//! | `GET /v1/status` | | [`Status`] |
+//! | `POST /v1/stores` | [`StoreAdd`] | [`Store`] |
+//! | `GET /v1/stores`, `GET /v1/stores/{name}` | | [`List`] of [`Store`], [`Store`] |
+//! | `DELETE /v1/stores/{name}` | | [`Done`] |
+//! | `POST /v1/customers` | [`CustomerCreate`] | [`Customer`] |
+//! | `GET /v1/customers`, `GET /v1/customers/{customer}` | | [`List`] of [`Customer`], [`Customer`] |
+//! | `POST /v1/vms` | [`VmCreate`] | [`Vm`] |
+//! | `GET /v1/vms`, `GET /v1/vms/{vm}` | | [`List`] of [`Vm`], [`Vm`] |
+//! | `DELETE /v1/vms/{vm}` | | [`Done`] |
+//! | `POST /v1/volumes` | [`VolumeCreate`] | [`Volume`] |
+//! | `GET /v1/volumes`, `GET /v1/volumes/{customer}/{name}` | | [`List`] of [`Volume`], [`Volume`] |
+//! | `POST /v1/volumes/{customer}/{name}/resize` | [`VolumeResize`] | [`Volume`] |
+//! | `DELETE /v1/volumes/{customer}/{name}?now=true` | | [`Destroy`] |
+//! | `POST /v1/attachments` | [`Attach`] | [`Attachment`] |
+//! | `GET /v1/attachments` | | [`List`] of [`Attachment`] |
+//! | `POST /v1/detach` | [`Detach`] | [`Done`] |
+//! | `GET /v1/destroys`, `GET /v1/destroys/{volume_id}` | | [`List`] of [`Destroy`], [`Destroy`] |
+//!
+//! Errors have a 4xx or 5xx status and the body [`ErrorBody`].
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Kind;
+use crate::ids::{AttachmentId, CustomerId, Name, VmId, VolumeId, VolumePath};
+
+/// Body of every refusal.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// The one member.
+    pub error: ErrorDetail,
+}
+
+/// What went wrong.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ErrorDetail {
+    /// Stable code, as [`Kind::code`].
+    pub code: String,
+    /// One line: what, why, what to do.
+    pub message: String,
+}
+
+impl ErrorBody {
+    /// From a kind and its line.
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Self {
+            error: ErrorDetail {
+                code: kind.code().into(),
+                message: message.into(),
+            },
+        }
+    }
+}
+
+/// A list, so that fields can be added beside it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct List<T> {
+    /// The items, sorted by name or time.
+    pub items: Vec<T>,
+}
+
+/// Nothing more to say.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Done {}
+
+/// `volctl version`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Version {
+    /// The daemon's version.
+    pub version: String,
+    /// Store format versions it reads and writes.
+    pub store_format: u32,
+    /// I/O engine in use: `io_uring` or `threads`.
+    pub io_engine: String,
+}
+
+/// `volctl status`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// The daemon's version.
+    pub version: String,
+    /// Seconds since start.
+    pub uptime_seconds: u64,
+    /// I/O engine in use.
+    pub io_engine: String,
+    /// Shards (data-plane threads).
+    pub shards: usize,
+    /// Stores by state.
+    pub stores: Vec<Store>,
+    /// How many there are.
+    pub customers: usize,
+    /// How many there are.
+    pub vms: usize,
+    /// How many there are.
+    pub volumes: usize,
+    /// How many there are.
+    pub attachments: usize,
+    /// Volumes being destroyed.
+    pub destroying: usize,
+    /// Lines about anything that needs an operator; empty when all is well.
+    pub warnings: Vec<String>,
+}
+
+/// `volctl store add`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoreAdd {
+    /// Its name.
+    pub name: Name,
+    /// Absolute path of the file to create, or of an existing block device.
+    pub path: String,
+    /// Size in bytes; needed for a file, at most the device's for a device (absent: all of it).
+    pub size_bytes: Option<u64>,
+    /// Failure domain; absent: a zone of its own, named after the store.
+    pub zone: Option<Name>,
+    /// Extent size in bytes; absent: 4 MiB.
+    pub extent_bytes: Option<u64>,
+    /// Accept a file system without O_DIRECT.
+    #[serde(default)]
+    pub allow_buffered: bool,
+}
+
+/// State of a store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StoreState {
+    /// In use.
+    Online,
+    /// Not opened: missing, damaged or locked.
+    Offline,
+    /// A sync failed; out of use until an operator acts.
+    Faulty,
+}
+
+/// A store.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Store {
+    /// Its name.
+    pub name: Name,
+    /// Its id.
+    pub id: String,
+    /// Where it is.
+    pub path: String,
+    /// Its failure domain.
+    pub zone: Name,
+    /// Its state.
+    pub state: StoreState,
+    /// Why it is not online.
+    pub reason: Option<String>,
+    /// `in_place`, `not_in_place` or `unknown`.
+    pub medium: String,
+    /// What the medium's class rests on.
+    pub medium_reason: String,
+    /// Extent size.
+    pub extent_bytes: u64,
+    /// All data extents.
+    pub total_bytes: u64,
+    /// Free and verified zero.
+    pub free_bytes: u64,
+    /// Waiting to be overwritten and verified.
+    pub pending_scrub_bytes: u64,
+    /// Holding volumes' data.
+    pub allocated_bytes: u64,
+}
+
+/// `volctl customer create`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CustomerCreate {
+    /// Its name.
+    pub name: Name,
+}
+
+/// A customer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Customer {
+    /// Its name.
+    pub name: Name,
+    /// Its id.
+    pub id: CustomerId,
+    /// Seconds since 1970.
+    pub created_unix_seconds: u64,
+    /// How many it has.
+    pub vms: usize,
+    /// How many it has.
+    pub volumes: usize,
+}
+
+/// `volctl vm create`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmCreate {
+    /// Its name, unique on the host.
+    pub name: Name,
+    /// Whose it is.
+    pub customer: Name,
+    /// Unix uid its QEMU runs as; absent: the caller's.
+    pub uid: Option<u32>,
+}
+
+/// A VM.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Vm {
+    /// Its name.
+    pub name: Name,
+    /// Its id.
+    pub id: VmId,
+    /// Whose it is.
+    pub customer: Name,
+    /// Unix uid its QEMU runs as.
+    pub uid: u32,
+    /// Volumes attached to it.
+    pub volumes: Vec<VolumePath>,
+}
+
+/// `volctl volume create`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeCreate {
+    /// Its full name.
+    pub volume: VolumePath,
+    /// Size: a multiple of 4 KiB.
+    pub size_bytes: u64,
+    /// Replicas, each in a zone of its own; absent: 2 where there are two zones, else 1.
+    pub replicas: Option<usize>,
+}
+
+/// `volctl volume resize`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeResize {
+    /// New size: a multiple of 4 KiB, not below the present one.
+    pub size_bytes: u64,
+}
+
+/// State of a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VolumeState {
+    /// Ready to be attached.
+    Available,
+    /// Attached to a VM.
+    Attached,
+    /// Stopped: a device failed, or a store is away.
+    Failed,
+    /// Being destroyed.
+    Destroying,
+}
+
+/// One replica.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Replica {
+    /// The store's name.
+    pub store: Name,
+    /// `in_sync`, `stale`, `resyncing` or `away`.
+    pub state: String,
+}
+
+/// A volume.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Volume {
+    /// Its id.
+    pub id: VolumeId,
+    /// Its name among its customer's.
+    pub name: Name,
+    /// Whose it is.
+    pub customer: Name,
+    /// Its size.
+    pub size_bytes: u64,
+    /// Its state.
+    pub state: VolumeState,
+    /// Why it has failed.
+    pub reason: Option<String>,
+    /// Attachment epoch: rises with every attach and detach.
+    pub epoch: u64,
+    /// Its replicas.
+    pub replicas: Vec<Replica>,
+    /// Bytes of extents it holds on one replica.
+    pub allocated_bytes: u64,
+    /// VM it is attached to.
+    pub attached_to: Option<Name>,
+    /// Blocks found damaged and repaired since the daemon started.
+    pub healed_blocks: u64,
+    /// Blocks accepted after a crash without a matching checksum.
+    pub unverified_blocks: u64,
+    /// Extents still to be reconciled after a crash.
+    pub recovering_extents: u64,
+    /// Seconds since 1970.
+    pub created_unix_seconds: u64,
+}
+
+/// Data protocol of an attachment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Protocol {
+    /// NBD over a Unix socket.
+    #[default]
+    Nbd,
+    /// vhost-user-blk.
+    VhostUser,
+}
+
+/// `volctl attach`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Attach {
+    /// Which volume.
+    pub volume: VolumePath,
+    /// To which VM.
+    pub vm: Name,
+    /// How.
+    #[serde(default)]
+    pub via: Protocol,
+    /// Refuse writes.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// `volctl detach`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Detach {
+    /// Which volume.
+    pub volume: VolumePath,
+    /// From which VM.
+    pub vm: Name,
+}
+
+/// An attachment.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Attachment {
+    /// Its id.
+    pub attachment_id: AttachmentId,
+    /// The volume.
+    pub volume: VolumePath,
+    /// The VM.
+    pub vm: Name,
+    /// Attachment epoch.
+    pub epoch: u64,
+    /// The protocol.
+    pub protocol: Protocol,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// NBD: `nbd+unix:///EXPORT?socket=PATH`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub uri: Option<String>,
+    /// The socket's path.
+    pub socket: String,
+    /// Arguments that give it to QEMU.
+    pub qemu_args: Vec<String>,
+    /// Live connections.
+    pub connections: usize,
+}
+
+/// Where a destruction stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DestroyState {
+    /// At work, or waiting for a store to return.
+    Destroying,
+    /// Every replica is overwritten, verified and free.
+    Destroyed,
+}
+
+/// Where a destruction stands on one store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DestroyStep {
+    /// Not begun.
+    Waiting,
+    /// The store is away; the job goes on when it returns.
+    Away,
+    /// Overwriting the wrapped keys.
+    Keys,
+    /// Overwriting and reading back extents.
+    Scrubbing,
+    /// All overwritten, verified and free.
+    Done,
+}
+
+/// Progress on one store.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DestroyStore {
+    /// The store's name.
+    pub store: Name,
+    /// Its step.
+    pub state: DestroyStep,
+    /// Extents the volume held there.
+    pub extents: u64,
+    /// Bytes overwritten and verified.
+    pub bytes_done: u64,
+    /// Bytes to overwrite and verify: data and checksum areas.
+    pub bytes_total: u64,
+}
+
+/// A destruction.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Destroy {
+    /// The volume's id.
+    pub volume_id: VolumeId,
+    /// Its name when it was deleted.
+    pub volume: VolumePath,
+    /// Where it stands.
+    pub state: DestroyState,
+    /// By store.
+    pub stores: Vec<DestroyStore>,
+    /// Seconds since 1970.
+    pub started_unix_seconds: u64,
+    /// Seconds since 1970.
+    pub finished_unix_seconds: Option<u64>,
+}

@@ -1,0 +1,26 @@
+//! The vold engine: thin, mirrored, checksummed, always-encrypted volumes over plain files and block devices.
+//!
+//! Rooms, each importing only rooms above it:
+//!
+//! | room | job |
+//! |---|---|
+//! | [`limits`], [`ids`], [`error`] | numbers, names, and the one error type |
+//! | [`control`] | API request and response types, shared with `volctl` (feature-free) |
+//! | [`buf`], [`secret`] | aligned I/O memory; locked, zeroing key memory |
+//! | [`crypto`] | XTS, seal/open, key wrap |
+//! | [`runtime`] | single-threaded executor and the `Driver` seam: everything that waits goes through it |
+//! | [`disk`] | the engines behind the seam (io_uring, thread pool) and the `Disk` handle; media classification |
+//! | [`keys`] | key service |
+//! | [`store`] | superblock, slots, redo log, extent table, checksum areas, marks, scrub |
+//! | [`volume`] | read, write, flush, trim; range lock; replicas; recovery |
+//! | [`catalog`] | durable control-plane records |
+//! | [`tenant`] | pure policy |
+//! | [`destroy`] | the destruction job |
+
+pub mod control;
+pub mod error;
+pub mod ids;
+pub mod limits;
+
+
+pub use error::{Error, Kind, Result};

@@ -1,0 +1,76 @@
+//! Every limit of the product, with its arithmetic. Full means back-pressure or a clear refusal, never growth (I10).
+
+/// Checksum, range-lock and cipher unit: 4 KiB.
+pub const BLOCK_SIZE: usize = 4096;
+/// [`BLOCK_SIZE`] as `u64`, for offsets.
+pub const BLOCK: u64 = BLOCK_SIZE as u64;
+/// The unit a disk writes atomically, and the unit of the XTS tweak: 512 bytes.
+pub const SECTOR_SIZE: usize = 512;
+
+/// Smallest volume: one block.
+pub const VOLUME_BYTES_MIN: u64 = BLOCK;
+/// Largest volume: 64 TiB. 2^46 bytes are 2^34 blocks, far below IEEE 1619-2025's 2^44 blocks a key.
+pub const VOLUME_BYTES_MAX: u64 = 64 << 40;
+/// Replicas of one volume, each in a zone of its own.
+pub const REPLICAS_MAX: usize = 3;
+
+/// Default extent: 4 MiB, so a checksum area is 4 KiB of sums and one header sector, rounded up to 8 KiB (0.2 %).
+pub const EXTENT_BYTES_DEFAULT: u64 = 4 << 20;
+/// Smallest extent a store can be created with.
+pub const EXTENT_BYTES_MIN: u64 = 1 << 20;
+/// Largest extent a store can be created with.
+pub const EXTENT_BYTES_MAX: u64 = 64 << 20;
+/// Smallest store: its metadata and a handful of extents.
+pub const STORE_BYTES_MIN: u64 = 64 << 20;
+/// Largest store: 2^32 extents of 4 MiB are 16 PiB; the table lives in memory, so stop at 64 TiB (16 Mi extents).
+pub const STORE_BYTES_MAX: u64 = 64 << 40;
+/// Stores of one daemon.
+pub const STORES_MAX: usize = 256;
+
+/// Write-intent marks a store may hold; the cleaner gates writers of new extents beyond it.
+pub const DIRTY_MARKS_PER_STORE: usize = 8192;
+
+/// Longest payload of one NBD request: 32 MiB, as the protocol recommends.
+pub const NBD_PAYLOAD_MAX: u32 = 32 << 20;
+/// Longest option a client may send in the handshake: a 4 KiB name and its framing, or a list of contexts.
+pub const NBD_OPTION_BYTES_MAX: u32 = 16 << 10;
+/// Options one handshake may hold.
+pub const NBD_OPTIONS_MAX: u32 = 64;
+/// Requests in flight on one connection.
+pub const NBD_REQUESTS_IN_FLIGHT: usize = 256;
+/// Payload bytes in flight on one connection: two of the largest requests.
+pub const NBD_BYTES_IN_FLIGHT: usize = 64 << 20;
+/// Connections of one attachment.
+pub const NBD_CONNECTIONS_PER_ATTACHMENT: usize = 16;
+/// A client that has not finished its handshake by then is dropped.
+pub const NBD_HANDSHAKE_SECONDS: u64 = 10;
+
+/// Body of one API request.
+pub const API_BODY_BYTES_MAX: usize = 64 << 10;
+/// Customers, VMs per customer, volumes per customer, attachments per VM.
+pub const CUSTOMERS_MAX: usize = 10_000;
+/// VMs of one customer.
+pub const VMS_PER_CUSTOMER: usize = 10_000;
+/// Volumes of one customer.
+pub const VOLUMES_PER_CUSTOMER: usize = 10_000;
+/// Attachments of one VM.
+pub const ATTACHMENTS_PER_VM: usize = 64;
+
+/// CMKs of one local keystore: 16,384 slots of 8 KiB are 128 MiB; above [`CUSTOMERS_MAX`], which have one each.
+pub const KEYSTORE_CMKS_MAX: u32 = 16_384;
+
+/// Request bytes in flight on one volume, over all its connections: two connections' worth.
+pub const VOLUME_BYTES_IN_FLIGHT: usize = 2 * NBD_BYTES_IN_FLIGHT;
+/// Idle request memory that one volume keeps: 32 requests of 1 MiB.
+pub const VOLUME_POOL_BYTES_IDLE: usize = 32 << 20;
+/// Block sums that one volume keeps in memory: 4 bytes a block are 4 KiB an extent of 4 MiB, so 16,384 extents or 64 GiB of
+/// data. Half of it may be taken by dirty extents: 8,192 of 4 MiB, as many as a store may mark.
+pub const VOLUME_SUM_CACHE_BYTES: usize = 64 << 20;
+/// Extents that the cleaner takes with one flush, and that one metadata transaction of a volume names, at most.
+pub const VOLUME_EXTENTS_PER_COMMIT: usize = 64;
+/// Extents marked and allocated ahead of a sequential writer, at most: 32 MiB of the default size.
+pub const VOLUME_EXTENTS_AHEAD: u32 = 8;
+/// Extents of one volume that are reconciled at a time after a crash.
+pub const VOLUME_RECOVERY_EXTENTS: usize = 4;
+/// Blocks without a good copy that one volume remembers for its counter.
+pub const VOLUME_LOST_BLOCKS_MAX: usize = 65_536;
