@@ -22,5 +22,9 @@ pub mod error;
 pub mod ids;
 pub mod limits;
 
+#[cfg(feature = "engine")]
+pub mod buf;
+#[cfg(feature = "engine")]
+pub mod secret;
 
 pub use error::{Error, Kind, Result};
