@@ -25,6 +25,8 @@ pub mod limits;
 #[cfg(feature = "engine")]
 pub mod buf;
 #[cfg(feature = "engine")]
+pub mod crypto;
+#[cfg(feature = "engine")]
 pub mod secret;
 
 pub use error::{Error, Kind, Result};
