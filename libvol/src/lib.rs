@@ -27,6 +27,10 @@ pub mod buf;
 #[cfg(feature = "engine")]
 pub mod crypto;
 #[cfg(feature = "engine")]
+pub mod disk;
+#[cfg(feature = "engine")]
+pub mod runtime;
+#[cfg(feature = "engine")]
 pub mod secret;
 
 pub use error::{Error, Kind, Result};

@@ -1,0 +1,128 @@
+//! Stream sockets on the driver.
+
+use std::io;
+use std::net::Shutdown;
+use std::ops::Range;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::rc::Rc;
+
+use super::driver::{Done, Driver, Op, SendPart, shutdown};
+use super::{runtime, submit};
+use crate::buf::Buf;
+
+/// A listening socket.
+pub struct Listener {
+    driver: Rc<dyn Driver>,
+    socket: Rc<OwnedFd>,
+}
+
+impl Listener {
+    /// Takes over a bound, listening Unix socket.
+    ///
+    /// # Errors
+    /// When it cannot be made non-blocking.
+    pub fn unix(listener: UnixListener) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        Ok(Self {
+            driver: runtime(),
+            socket: Rc::new(OwnedFd::from(listener)),
+        })
+    }
+
+    /// The next connection.
+    ///
+    /// # Errors
+    /// As `accept4(2)`; `EINVAL` after [`Listener::close`].
+    pub async fn accept(&self) -> io::Result<Stream> {
+        let Done { result, .. } = submit(
+            &self.driver,
+            Op::Accept {
+                socket: self.socket.clone(),
+            },
+        )
+        .await;
+        let fd = i32::try_from(result?).expect("a descriptor");
+        // SAFETY: the driver returns a fresh descriptor that nothing else owns.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok(Stream::new(fd))
+    }
+
+    /// Makes pending and later accepts fail.
+    pub fn close(&self) {
+        shutdown(&self.socket, Shutdown::Both);
+    }
+}
+
+/// A connected stream. Clones share the socket.
+#[derive(Clone)]
+pub struct Stream {
+    driver: Rc<dyn Driver>,
+    socket: Rc<OwnedFd>,
+}
+
+impl Stream {
+    /// A stream of the current thread's runtime over a connected socket.
+    pub fn new(socket: OwnedFd) -> Self {
+        Self {
+            driver: runtime(),
+            socket: Rc::new(socket),
+        }
+    }
+
+    /// The descriptor, for `getsockopt`.
+    pub fn socket(&self) -> &OwnedFd {
+        &self.socket
+    }
+
+    /// Receives up to `range.len()` bytes into `buf[range]`; 0 means the peer has closed. The buffer comes back.
+    pub async fn recv(&self, buf: Buf, range: Range<usize>) -> (io::Result<usize>, Buf) {
+        let op = Op::Recv {
+            socket: self.socket.clone(),
+            buf,
+            range,
+        };
+        let Done {
+            result,
+            op: Op::Recv { buf, .. },
+        } = submit(&self.driver, op).await
+        else {
+            unreachable!("a driver hands back the operation it was given")
+        };
+        (result, buf)
+    }
+
+    /// Sends all parts in order, however many calls it takes.
+    ///
+    /// # Errors
+    /// As `sendmsg(2)`; the stream is then of no further use.
+    pub async fn send(&self, mut parts: Vec<SendPart>) -> io::Result<()> {
+        let total: usize = parts.iter().map(SendPart::len).sum();
+        let mut sent = 0;
+        while sent < total {
+            let op = Op::Send {
+                socket: self.socket.clone(),
+                parts,
+                skip: sent,
+            };
+            let Done {
+                result,
+                op: Op::Send { parts: back, .. },
+            } = submit(&self.driver, op).await
+            else {
+                unreachable!("a driver hands back the operation it was given")
+            };
+            parts = back;
+            match result? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                n => sent += n,
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the conversation: pending receives return 0, pending sends fail.
+    pub fn shutdown(&self) {
+        shutdown(&self.socket, Shutdown::Both);
+    }
+}
