@@ -29,6 +29,8 @@ pub mod crypto;
 #[cfg(feature = "engine")]
 pub mod disk;
 #[cfg(feature = "engine")]
+pub mod keys;
+#[cfg(feature = "engine")]
 pub mod runtime;
 #[cfg(feature = "engine")]
 pub mod secret;
