@@ -34,5 +34,7 @@ pub mod keys;
 pub mod runtime;
 #[cfg(feature = "engine")]
 pub mod secret;
+#[cfg(feature = "engine")]
+pub mod store;
 
 pub use error::{Error, Kind, Result};

@@ -1,0 +1,341 @@
+//! The keeper: one per store, on the store's home runtime, owner of all its metadata.
+//!
+//! Tasks: one answers requests, one appends group commits ([`super::commit`]), one scrubs ([`super::scrub`]); slow requests
+//! (reservations that wait, volume slots) get a task of their own. They share the books through `RefCell`s that are never
+//! borrowed across an await. Only durable changes are in the books, so whatever is read from them may be acted on.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_channel::{mpsc, oneshot};
+use futures_util::StreamExt;
+
+use super::batch::Step;
+use super::books::Books;
+use super::commit::Transaction;
+use super::handle::{Reply, Request, Reserved, Shared};
+use super::layout::Layout;
+use super::log::Ring;
+use super::recover::{Loaded, Slots, load};
+use super::superblock::Superblock;
+use super::{Expect, Severity, StoreHandle, StoreInfo, slots};
+use crate::disk::{Disk, DiskFile, classify};
+use crate::error::{Error, Result};
+use crate::runtime::sync::{Notify, Semaphore};
+use crate::runtime::{spawn, timeout};
+
+/// A reservation gives up when the scrubber has freed nothing for so long.
+const RESERVE_PATIENCE: Duration = Duration::from_secs(30);
+
+/// See the module's text.
+pub(super) struct Keeper {
+    pub(super) shared: Arc<Shared>,
+    pub(super) disk: Disk,
+    pub(super) layout: Layout,
+    pub(super) superblock: Superblock,
+    pub(super) books: RefCell<Books>,
+    pub(super) slots: RefCell<Slots>,
+    /// One volume is added or destroyed at a time.
+    pub(super) slot_lock: Rc<Semaphore>,
+    pub(super) ring: RefCell<Ring>,
+    /// The newest frame that is durable and in the books.
+    pub(super) applied: Cell<u64>,
+    pub(super) queue: RefCell<VecDeque<Transaction>>,
+    /// A checkpoint has written its pages up to this lsn; the appender records it.
+    pub(super) checkpoint_ready: Cell<Option<u64>>,
+    pub(super) checkpoint_running: Cell<bool>,
+    /// Something for the appender to look at.
+    pub(super) work: Notify,
+    /// The books have changed, a checkpoint was recorded, or the store has become faulty or is closing.
+    pub(super) changed: Notify,
+    /// Extents freed since the store was opened.
+    pub(super) freed: Cell<u64>,
+    pub(super) scrubbing: Cell<bool>,
+    /// Nothing new is begun.
+    pub(super) closing: Cell<bool>,
+    /// Nobody but those who wait already commits any more.
+    pub(super) draining: Cell<bool>,
+    /// The appender has ended.
+    pub(super) stopped: Cell<bool>,
+}
+
+/// Opens a store on its home runtime, recovers its metadata, and starts its keeper and scrubber.
+///
+/// # Errors
+/// `Invalid` (not a vold store; truncated), `Unsupported` (unknown format version), `Refused` (another installation's,
+/// or not the expected store), `Damaged`, `Io`. Each says who, what, why, and the next step.
+pub async fn open(file: &DiskFile, expect: Expect) -> Result<StoreHandle> {
+    let disk = Disk::attach(file)?;
+    let loaded = load(&disk, file, expect).await?;
+    let (keeper, requests) = Keeper::new(disk, file, loaded);
+    // Recovery acts on what it has read, which a cut may still take back: make it durable first, then write.
+    let recovered = keeper.recover().await;
+    let handle = StoreHandle {
+        shared: keeper.shared.clone(),
+    };
+    recovered.map_err(|error| handle.shared.named(error))?;
+    keeper.scrubbing.set(true);
+    spawn(keeper.clone().append_loop()).detach();
+    spawn(keeper.clone().scrub_loop()).detach();
+    spawn(keeper.run(requests)).detach();
+    Ok(handle)
+}
+
+impl Keeper {
+    fn new(disk: Disk, file: &DiskFile, loaded: Loaded) -> (Rc<Self>, mpsc::UnboundedReceiver<Request>) {
+        let Loaded {
+            superblock,
+            books,
+            ring,
+            slots,
+            findings,
+        } = loaded;
+        let info = StoreInfo {
+            id: superblock.store,
+            name: superblock.name.clone(),
+            zone: superblock.zone.clone(),
+            installation: superblock.installation,
+            path: file.path().to_owned(),
+            extent_bytes: superblock.layout.extent_bytes,
+            extents: superblock.layout.extents,
+            medium: classify(file),
+        };
+        for finding in &findings {
+            match finding.severity {
+                Severity::Note => tracing::info!(store = %info.name, "{}", finding.text),
+                Severity::Damage => tracing::warn!(store = %info.name, "{}", finding.text),
+            }
+        }
+        let (shared, requests) = Shared::new(info, superblock.layout, file.clone(), findings);
+        shared.publish(books.space());
+        let keeper = Self {
+            shared,
+            disk,
+            layout: superblock.layout,
+            superblock,
+            books: RefCell::new(books),
+            slots: RefCell::new(slots),
+            slot_lock: Semaphore::new(1),
+            applied: Cell::new(ring.lsn()),
+            ring: RefCell::new(ring),
+            queue: RefCell::default(),
+            checkpoint_ready: Cell::new(None),
+            checkpoint_running: Cell::new(false),
+            work: Notify::default(),
+            changed: Notify::default(),
+            freed: Cell::new(0),
+            scrubbing: Cell::new(false),
+            closing: Cell::new(false),
+            draining: Cell::new(false),
+            stopped: Cell::new(false),
+        };
+        (Rc::new(keeper), requests)
+    }
+
+    /// After reading: what was read is made durable, replayed pages are written, slots are put right.
+    async fn recover(&self) -> Result<()> {
+        self.disk.sync().await?;
+        self.checkpoint_now().await?;
+        let (repair, stale) = {
+            let mut slots = self.slots.borrow_mut();
+            (
+                std::mem::take(&mut slots.repair),
+                std::mem::take(&mut slots.stale),
+            )
+        };
+        for (number, sequence, slot) in repair {
+            tracing::info!(store = %self.shared.info.name, volume = %slot.volume, "rewriting a bad slot copy");
+            slots::write(
+                &self.disk,
+                &self.layout,
+                self.superblock.store,
+                number,
+                sequence,
+                &slot,
+            )
+            .await?;
+        }
+        for number in stale {
+            slots::erase(&self.disk, &self.layout, number).await?;
+        }
+        Ok(())
+    }
+
+    async fn run(self: Rc<Self>, mut requests: mpsc::UnboundedReceiver<Request>) {
+        while let Some(request) = requests.next().await {
+            if let Request::Close(reply) = request {
+                let result = self.clone().close().await;
+                // Requests still queued are dropped with the receiver: their callers hear that the store is closed.
+                drop(requests);
+                let _ = reply.send(result);
+                break;
+            }
+            self.answer(request);
+        }
+    }
+
+    fn answer(self: &Rc<Self>, request: Request) {
+        match request {
+            Request::Reserve(count, reply) => self.clone().reserve(count, reply),
+            Request::Unreserve(extents) => {
+                self.books.borrow_mut().unreserve(&extents);
+                self.books_changed();
+            }
+            Request::Commit(changes, reply) => {
+                self.enqueue(changes.into_iter().map(Step::Change).collect(), reply);
+            }
+            Request::ExtentsOf(dataset, reply) => {
+                let books = self.books.borrow();
+                let extents = books.check_dataset(dataset).map(|()| books.extents_of(dataset));
+                let _ = reply.send(extents.map_err(|e| self.shared.named(e)));
+            }
+            Request::AddVolume(volume, reply) => self.in_background(reply, async move |this| {
+                let (slot, record) = *volume;
+                this.add_volume(slot, record).await
+            }),
+            Request::Volume(volume, reply) => {
+                let _ = reply.send(self.volume_state(volume).map_err(|e| self.shared.named(e)));
+            }
+            Request::Volumes(reply) => {
+                let books = self.books.borrow();
+                let live = books.volumes().filter(|(_, entry)| !entry.tombstoned);
+                let _ = reply.send(Ok(live.map(|(_, entry)| entry.record.volume).collect()));
+            }
+            Request::Destroy(volume, reply) => {
+                self.in_background(reply, async move |this| this.destroy_volume(volume).await);
+            }
+            Request::Progress(volume, reply) => {
+                let _ = reply.send(self.scrub_progress(volume).map_err(|e| self.shared.named(e)));
+            }
+            Request::Scrubbed(volume, reply) => {
+                self.in_background(reply, async move |this| this.scrubbed(volume).await);
+            }
+            Request::Faulty => {
+                self.work.notify_all();
+                self.changed.notify_all();
+            }
+            Request::Close(_) => unreachable!("handled by the loop"),
+        }
+    }
+
+    fn in_background<T: 'static, F>(self: &Rc<Self>, reply: Reply<T>, work: F)
+    where
+        F: AsyncFnOnce(&Rc<Self>) -> Result<T> + 'static,
+    {
+        let this = self.clone();
+        spawn(async move {
+            let result = work(&this).await.map_err(|e| this.shared.named(e));
+            drop(this);
+            let _ = reply.send(result);
+        })
+        .detach();
+    }
+
+    /// Commits steps of the keeper's own.
+    ///
+    /// # Errors
+    /// As [`StoreHandle::commit`].
+    pub(super) async fn commit(&self, steps: Vec<Step>) -> Result<()> {
+        let (reply, answer) = oneshot::channel();
+        self.enqueue(steps, reply);
+        answer
+            .await
+            .unwrap_or_else(|_| Err(Error::unavailable("the store is closing")))
+    }
+
+    fn enqueue(&self, steps: Vec<Step>, reply: Reply<()>) {
+        if self.stopped.get() {
+            let _ = reply.send(Err(Error::unavailable("the store is closed")));
+            return;
+        }
+        self.queue.borrow_mut().push_back(Transaction { steps, reply });
+        self.work.notify_all();
+    }
+
+    /// The books have changed: counters for everyone, and a look for those who wait.
+    pub(super) fn books_changed(&self) {
+        self.shared.publish(self.books.borrow().space());
+        self.changed.notify_all();
+    }
+
+    fn reserve(self: Rc<Self>, count: u32, reply: Reply<Reserved>) {
+        if let Some(result) = self.try_reserve(count) {
+            let _ = reply.send(result);
+            return;
+        }
+        spawn(async move {
+            loop {
+                let freed = self.freed.get();
+                let progress = self.changed.until(|| {
+                    let result = self.try_reserve(count);
+                    (result.is_some() || self.freed.get() != freed).then_some(result)
+                });
+                let result = match timeout(RESERVE_PATIENCE, progress).await {
+                    Some(None) => continue,
+                    Some(Some(result)) => result,
+                    None => Err(self.no_space(count, "and the scrubber makes no progress")),
+                };
+                drop(self);
+                let _ = reply.send(result);
+                return;
+            }
+        })
+        .detach();
+    }
+
+    /// `None` while waiting for the scrubber may help.
+    fn try_reserve(&self, count: u32) -> Option<Result<Reserved>> {
+        if let Err(error) = self.check_open() {
+            return Some(Err(error));
+        }
+        let reserved = self.books.borrow_mut().reserve(count);
+        if let Some(extents) = reserved {
+            self.shared.publish(self.books.borrow().space());
+            return Some(Ok(Reserved::new(extents, &self.shared)));
+        }
+        let space = self.books.borrow().space();
+        let hopeless = u64::from(space.free) + u64::from(space.pending_scrub) < u64::from(count);
+        hopeless.then(|| Err(self.no_space(count, "and too few are being scrubbed")))
+    }
+
+    fn no_space(&self, count: u32, why: &str) -> Error {
+        let free = self.books.borrow().space().free;
+        Error::no_space(format!(
+            "store \"{}\": {count} extents of {} MiB needed, {free} free {why}; delete volumes or add a store",
+            self.shared.info.name,
+            self.layout.extent_bytes >> 20
+        ))
+    }
+
+    /// # Errors
+    /// `Unavailable` once the store is faulty or closing.
+    pub(super) fn check_open(&self) -> Result<()> {
+        self.shared.check_fault()?;
+        match self.closing.get() {
+            true => Err(Error::unavailable(format!(
+                "store \"{}\" is closed",
+                self.shared.info.name
+            ))),
+            false => Ok(()),
+        }
+    }
+
+    /// Ends scrubber, slot work and appender in that order, since each may still commit, and checkpoints.
+    async fn close(self: Rc<Self>) -> Result<()> {
+        self.closing.set(true);
+        self.shared.set_closed();
+        self.changed.notify_all();
+        self.changed.until(|| (!self.scrubbing.get()).then_some(())).await;
+        let _no_more_slot_work = self.slot_lock.acquire(1).await;
+        self.draining.set(true);
+        self.work.notify_all();
+        self.changed.until(|| self.stopped.get().then_some(())).await;
+        if self.shared.check_fault().is_err() {
+            return Ok(());
+        }
+        self.checkpoint_now().await.map_err(|e| self.shared.named(e))
+    }
+}

@@ -1,0 +1,285 @@
+//! The superblock: what a store is, whose, and where its regions are. Written when the store is formatted, in two copies.
+//!
+//! Reading tells five cases apart for each copy, so that the message can say what to do: good, of a newer format, damaged,
+//! absent. A copy of a newer format with a right checksum wins over an older good one: an upgrade was on its way.
+
+use super::layout::{FORMAT_VERSION, Layout, Region};
+use super::wire::{crc32c, structure};
+use crate::error::{Error, Result};
+use crate::ids::{InstallationId, Name, StoreId};
+
+structure! {
+    /// One superblock copy.
+    fields, 4096,
+    MAGIC "magic" 0 8,
+    VERSION "format version" 8 4,
+    RESERVED_1 "reserved" 12 4,
+    STORE "store id" 16 16,
+    INSTALLATION "installation id" 32 16,
+    NAME "name" 48 64,
+    ZONE "zone" 112 64,
+    EXTENT_BYTES "extent size" 176 8,
+    EXTENTS "extents" 184 4,
+    SLOTS "volume slots" 188 4,
+    TOMBSTONES "tombstone capacity" 192 4,
+    RESERVED_2 "reserved" 196 4,
+    TOTAL "total size" 200 8,
+    SLOTS_AT "slot region offset" 208 8,
+    SLOTS_LEN "slot region length" 216 8,
+    LOG_AT "log offset" 224 8,
+    LOG_LEN "log length" 232 8,
+    TABLE_AT "table offset" 240 8,
+    TABLE_LEN "table length" 248 8,
+    SUMS_AT "checksum areas offset" 256 8,
+    SUMS_LEN "checksum areas length" 264 8,
+    DATA_AT "data offset" 272 8,
+    DATA_LEN "data length" 280 8,
+    CREATED "creation time" 288 8,
+    SEQUENCE "sequence" 296 8,
+    INCARNATION "incarnation" 304 16,
+    COMMIT_FLOOR "commit floor" 320 8,
+    RESERVED_3 "reserved" 328 3764,
+    CRC "crc" 4092 4,
+}
+
+/// First bytes of every superblock.
+pub(super) const MAGIC: [u8; 8] = *b"VOLDSUPR";
+
+/// A superblock.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Superblock {
+    pub(super) store: StoreId,
+    pub(super) installation: InstallationId,
+    pub(super) name: Name,
+    pub(super) zone: Name,
+    pub(super) layout: Layout,
+    /// Seconds since 1970, for people.
+    pub(super) created_seconds: u64,
+    /// The higher copy wins.
+    pub(super) sequence: u64,
+}
+
+/// What one copy turned out to be.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Copy {
+    Good(Superblock),
+    /// Of a later format; whether its checksum is right.
+    Newer(u32, bool),
+    /// Ours by its magic, but wrong; what.
+    Damaged(String),
+    /// Not ours.
+    Absent,
+}
+
+impl Superblock {
+    pub(super) fn encode(&self) -> [u8; fields::SIZE] {
+        let mut bytes = [0; fields::SIZE];
+        let out = &mut bytes;
+        let layout = &self.layout;
+        fields::MAGIC.put(out, &MAGIC);
+        fields::VERSION.put_u32(out, FORMAT_VERSION);
+        fields::STORE.put(out, self.store.as_bytes());
+        fields::INSTALLATION.put(out, self.installation.as_bytes());
+        fields::NAME.put_name(out, &self.name);
+        fields::ZONE.put_name(out, &self.zone);
+        fields::EXTENT_BYTES.put_u64(out, layout.extent_bytes);
+        fields::EXTENTS.put_u32(out, layout.extents);
+        fields::SLOTS.put_u32(out, layout.slots);
+        fields::TOMBSTONES.put_u32(out, layout.tombstones);
+        fields::TOTAL.put_u64(out, layout.total_bytes);
+        for (at, len, region) in REGIONS.iter().zip(regions(layout)).map(|((a, l), r)| (a, l, r)) {
+            at.put_u64(out, region.at);
+            len.put_u64(out, region.len);
+        }
+        fields::CREATED.put_u64(out, self.created_seconds);
+        fields::SEQUENCE.put_u64(out, self.sequence);
+        let crc = crc32c(&out[..fields::CRC.at]);
+        fields::CRC.put_u32(out, crc);
+        bytes
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Copy {
+        if fields::MAGIC.of(bytes) != MAGIC {
+            return Copy::Absent;
+        }
+        let sound = crc32c(&bytes[..fields::CRC.at]) == fields::CRC.u32(bytes);
+        let version = fields::VERSION.u32(bytes);
+        if version > FORMAT_VERSION {
+            return Copy::Newer(version, sound);
+        }
+        if !sound {
+            return Copy::Damaged("its checksum is wrong".into());
+        }
+        if version != FORMAT_VERSION {
+            return Copy::Damaged(format!("format version {version} never was"));
+        }
+        let (Some(name), Some(zone)) = (fields::NAME.name(bytes), fields::ZONE.name(bytes)) else {
+            return Copy::Damaged("name or zone is not a valid name".into());
+        };
+        let [slot_region, log, table, sums, data] = REGIONS.map(|(at, len)| Region {
+            at: at.u64(bytes),
+            len: len.u64(bytes),
+        });
+        let layout = Layout {
+            extent_bytes: fields::EXTENT_BYTES.u64(bytes),
+            extents: fields::EXTENTS.u32(bytes),
+            slots: fields::SLOTS.u32(bytes),
+            tombstones: fields::TOMBSTONES.u32(bytes),
+            slot_region,
+            log,
+            table,
+            sums,
+            data,
+            total_bytes: fields::TOTAL.u64(bytes),
+        };
+        if let Some(fault) = layout.fault() {
+            return Copy::Damaged(format!("impossible layout: {fault}"));
+        }
+        Copy::Good(Self {
+            store: StoreId::from_bytes(fields::STORE.id(bytes)),
+            installation: InstallationId::from_bytes(fields::INSTALLATION.id(bytes)),
+            name,
+            zone,
+            layout,
+            created_seconds: fields::CREATED.u64(bytes),
+            sequence: fields::SEQUENCE.u64(bytes),
+        })
+    }
+}
+
+const REGIONS: [(super::wire::Field, super::wire::Field); 5] = [
+    (fields::SLOTS_AT, fields::SLOTS_LEN),
+    (fields::LOG_AT, fields::LOG_LEN),
+    (fields::TABLE_AT, fields::TABLE_LEN),
+    (fields::SUMS_AT, fields::SUMS_LEN),
+    (fields::DATA_AT, fields::DATA_LEN),
+];
+
+fn regions(layout: &Layout) -> [Region; 5] {
+    [
+        layout.slot_region,
+        layout.log,
+        layout.table,
+        layout.sums,
+        layout.data,
+    ]
+}
+
+/// The superblock of a store from its two copies, and what is wrong with the other copy.
+///
+/// # Errors
+/// `Unsupported` for a newer format, `Damaged` when what is left is not usable, `Invalid` when neither copy is ours.
+pub(super) fn choose(path: &str, copies: [Copy; 2]) -> Result<(Superblock, Vec<String>)> {
+    if let Some(version) = newest(&copies, true) {
+        return Err(unsupported(path, version));
+    }
+    let mut findings = Vec::new();
+    let mut best: Option<Superblock> = None;
+    for (copy, letter) in copies.iter().zip(["A", "B"]) {
+        match copy {
+            Copy::Good(superblock) => {
+                if best.as_ref().is_none_or(|b| superblock.sequence > b.sequence) {
+                    best = Some(superblock.clone());
+                }
+            }
+            Copy::Newer(version, _) => {
+                findings.push(format!(
+                    "superblock copy {letter}: version {version} with a wrong checksum"
+                ));
+            }
+            Copy::Damaged(why) => findings.push(format!("superblock copy {letter}: {why}")),
+            Copy::Absent => findings.push(format!("superblock copy {letter}: not there")),
+        }
+    }
+    if let Some(best) = best {
+        return Ok((best, findings));
+    }
+    if let Some(version) = newest(&copies, false) {
+        return Err(unsupported(path, version));
+    }
+    if copies.iter().all(|copy| *copy == Copy::Absent) {
+        return Err(Error::invalid(format!(
+            "{path} is not a vold store (no superblock); check the path, or make one with `volctl store add`"
+        )));
+    }
+    Err(Error::damaged(format!(
+        "{path}: both superblock copies are unusable ({}); restore the first 128 KiB, or remove the store as lost",
+        findings.join("; ")
+    )))
+}
+
+fn newest(copies: &[Copy], sound_only: bool) -> Option<u32> {
+    let version = |copy: &Copy| match copy {
+        Copy::Newer(version, sound) if *sound || !sound_only => Some(*version),
+        _ => None,
+    };
+    copies.iter().filter_map(version).max()
+}
+
+fn unsupported(path: &str, version: u32) -> Error {
+    Error::new(
+        crate::error::Kind::Unsupported,
+        format!(
+            "{path} has store format version {version}; this vold reads up to version {FORMAT_VERSION}; \
+             start the vold that wrote it, or a newer one"
+        ),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::layout::Sizes;
+    use super::*;
+    use crate::error::Kind;
+
+    fn example() -> Superblock {
+        Superblock {
+            store: StoreId::random(),
+            installation: InstallationId::random(),
+            name: "nvme1".parse().unwrap(),
+            zone: "rack-1".parse().unwrap(),
+            layout: Layout::plan(1 << 30, 4 << 20, Sizes::for_store(1 << 30, 4 << 20)).unwrap(),
+            created_seconds: 1_700_000_000,
+            sequence: 1,
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let superblock = example();
+        assert_eq!(Superblock::decode(&superblock.encode()), Copy::Good(superblock));
+    }
+
+    #[test]
+    fn one_good_copy_is_enough_and_the_bad_one_is_named() {
+        let good = example();
+        let mut bad = good.encode();
+        bad[300] ^= 1;
+        let (chosen, findings) = choose("x", [Superblock::decode(&bad), Copy::Good(good.clone())]).unwrap();
+        assert_eq!(chosen, good);
+        assert!(findings[0].contains("copy A"), "{findings:?}");
+    }
+
+    #[test]
+    fn a_newer_format_is_refused_with_both_versions_named() {
+        let mut newer = example().encode();
+        fields::VERSION.put_u32(&mut newer, 7);
+        let copies = || [Superblock::decode(&newer), Superblock::decode(&newer)];
+        let error = choose("x", copies()).unwrap_err();
+        assert_eq!(error.kind(), Kind::Unsupported);
+        assert!(error.message().contains("version 7") && error.message().contains("version 1"));
+
+        let crc = crc32c(&newer[..fields::CRC.at]);
+        fields::CRC.put_u32(&mut newer, crc);
+        let error = choose("x", [Superblock::decode(&newer), Copy::Good(example())]).unwrap_err();
+        assert_eq!(error.kind(), Kind::Unsupported, "half upgraded");
+    }
+
+    #[test]
+    fn foreign_bytes_and_damage_are_told_apart() {
+        let error = choose("x", [Copy::Absent, Copy::Absent]).unwrap_err();
+        assert_eq!(error.kind(), Kind::Invalid);
+        let error = choose("x", [Copy::Absent, Copy::Damaged("torn".into())]).unwrap_err();
+        assert_eq!(error.kind(), Kind::Damaged);
+    }
+}
