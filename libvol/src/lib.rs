@@ -36,5 +36,7 @@ pub mod runtime;
 pub mod secret;
 #[cfg(feature = "engine")]
 pub mod store;
+#[cfg(feature = "engine")]
+pub mod volume;
 
 pub use error::{Error, Kind, Result};

@@ -1,0 +1,480 @@
+//! Opening after whatever happened: what the replicas' tables say, and what becomes of extents that are marked.
+//!
+//! # The tables, extent by extent
+//!
+//! | it is on | marked there | how that came about | then |
+//! |---|---|---|---|
+//! | all replicas | on none | – | Clean |
+//! | all replicas | on some or all | writes may have been under way | Unreconciled: every replica counts as marked |
+//! | some replicas | on each of them | an allocation or a release was cut | released on those, too |
+//! | some replicas | on some of them not | a store has lost or invented a record | the volume is refused: `Damaged` |
+//!
+//! Why *released* loses nothing, in the third row. An allocation was cut: no data was written, since no replica is written
+//! before all have allocated; nothing of this extent was acknowledged after it was last absent, so zeros are right. A
+//! release was cut: it began under the whole extent's exclusive lock, so every write acknowledged before was followed by a
+//! trim or write-zeroes of the whole extent (or it held nothing but holes), and every later write waited for the release
+//! and was not acknowledged. If the trim was acknowledged, the release was complete on all replicas, and what is left is a
+//! cut allocation. A flush makes no difference: a trim that is not acknowledged may have happened, and it was never
+//! undone, because nothing was readable in between but zeros. The reverse, copying the extent back to where it is
+//! missing, would be as right for a cut release, but it needs free space.
+//!
+//! Why the fourth row cannot come about: marks are durable on every replica before any releases, and an allocation is
+//! marked in the same commit; marks are cleared only on extents that all replicas have.
+//!
+//! # A marked extent, block by block
+//!
+//! | copies | a sum of an area (newest area first) matches | the block is then | counted unverified |
+//! |---|---|---|---|
+//! | equal | some area's | as it is | no |
+//! | equal | none | as it is | yes |
+//! | differ | one of the copies | that copy | no |
+//! | differ | none | the first replica's copy | yes |
+//!
+//! A blank area (the extent was never cleaned) vouches for holes, as the oldest. Equal copies stay: a flushed write is on
+//! all replicas, so it is never traded for what an older area knows. Copies differ only where a write was not followed by
+//! a flush (or a medium is bad), and then any of them is allowed; what an area vouches for is preferred, since it is not
+//! torn. The other copies are rewritten, the sums are computed anew, and the extent is Dirty with all its sums in memory:
+//! the cleaner does the rest. A cut meanwhile leads here again, to the same choice or to equal copies.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ops::Range;
+use std::rc::Rc;
+use std::time::Duration;
+
+use futures_util::future::join;
+
+use super::core::{Core, uncancelled};
+use super::extent::{Extent, State};
+use super::heal::CHUNK_BLOCKS;
+use super::range_lock::Mode;
+use crate::buf::Buf;
+use crate::crypto::seal::{HOLE, SealedBuf, block_sum, verify_block};
+use crate::error::{Error, Kind, Result};
+use crate::ids::{BlockIndex, DatasetId, ExtentIndex};
+use crate::limits::{BLOCK_SIZE, REPLICAS_MAX, VOLUME_EXTENTS_PER_COMMIT};
+use crate::runtime::sleep;
+use crate::store::{Change, ExtentEntry, SumArea, SumAreaRead};
+
+/// A replica had no room for a mark: recovery of that extent waits so long.
+const MARK_RETRY: Duration = Duration::from_secs(1);
+
+/// What the replicas' tables say of one logical extent, by replica.
+type Found = [Option<ExtentEntry>; REPLICAS_MAX];
+
+/// What becomes of it. See the module's first table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Clean,
+    Reconcile,
+    Release,
+    Contradiction,
+}
+
+fn fate(found: &[Option<ExtentEntry>]) -> Fate {
+    let on_all = found.iter().all(Option::is_some);
+    let mut marks = found.iter().flatten().map(|entry| entry.dirty);
+    match (on_all, marks.clone().any(|dirty| dirty), marks.all(|dirty| dirty)) {
+        (true, false, _) => Fate::Clean,
+        (true, true, _) => Fate::Reconcile,
+        (false, _, true) => Fate::Release,
+        (false, _, false) => Fate::Contradiction,
+    }
+}
+
+impl Core {
+    /// Builds the map from the replicas' tables and finishes what a cut has left between them.
+    ///
+    /// # Errors
+    /// `Damaged`, `Unsupported` (another key version), or as the store's.
+    pub(super) async fn load_map(self: &Rc<Self>) -> Result<()> {
+        let results = self.on_all(|_, io| io.handle().extents_of(self.dataset)).await;
+        let mut found: HashMap<ExtentIndex, Found> = HashMap::new();
+        for (replica, entries) in results.0.into_iter().flatten().enumerate() {
+            let entries = entries.map_err(|error| error.context(format!("volume {}", self.label)))?;
+            for entry in entries {
+                found.entry(entry.logical).or_default()[replica] = Some(entry);
+            }
+        }
+        let mut halves = Vec::new();
+        for (index, found) in found {
+            let found = &found[..self.replicas.len()];
+            if let Some(entry) = found
+                .iter()
+                .flatten()
+                .find(|entry| entry.key_version != self.key_version)
+            {
+                return Err(Error::unsupported(format!(
+                    "volume {}: extent {index} is sealed with key version {}, and only version {} is at hand",
+                    self.label, entry.key_version, self.key_version
+                )));
+            }
+            match fate(found) {
+                Fate::Clean => self.adopt(index, found, State::Clean),
+                Fate::Reconcile => self.adopt(index, found, State::Unreconciled),
+                Fate::Release => halves.push(found.to_vec()),
+                Fate::Contradiction => {
+                    let missing = found.iter().position(Option::is_none).expect("not on all");
+                    return Err(Error::damaged(format!(
+                        "volume {}: store \"{}\" has lost extent {index}, which others hold unmarked; run vold check",
+                        self.label,
+                        self.replicas[missing].handle().info().name
+                    )));
+                }
+            }
+        }
+        self.release_halves(&halves).await
+    }
+
+    fn adopt(&self, index: ExtentIndex, found: &[Option<ExtentEntry>], state: State) {
+        let extent = self.extent_or_new(index);
+        let places: Vec<_> = found.iter().flatten().map(|entry| entry.physical).collect();
+        let marked = found.iter().flatten().map(|entry| entry.dirty);
+        let marked_on = marked
+            .enumerate()
+            .fold(0, |bits, (replica, dirty)| bits | u8::from(dirty) << replica);
+        extent.places.set(Self::places_of(&places));
+        extent.marked_on.set(marked_on);
+        extent.state.set(state);
+        self.allocated.set(self.allocated.get() + 1);
+        if state == State::Unreconciled {
+            self.recovering.set(self.recovering.get() + 1);
+        }
+    }
+
+    /// Finishes cut allocations and releases.
+    async fn release_halves(&self, halves: &[Vec<Option<ExtentEntry>>]) -> Result<()> {
+        for batch in halves.chunks(VOLUME_EXTENTS_PER_COMMIT) {
+            let results = self
+                .on_all(|replica, io| {
+                    let entries = batch.iter().filter_map(|found| found[replica]);
+                    let changes: Vec<_> = entries.map(|entry| Change::Release(entry.physical)).collect();
+                    async move {
+                        match changes.is_empty() {
+                            true => Ok(()),
+                            false => io.handle().commit(changes).await,
+                        }
+                    }
+                })
+                .await;
+            self.settle_all(results)?;
+        }
+        Ok(())
+    }
+
+    /// The background task: reconciles every marked extent that no request has asked for first.
+    pub(super) async fn recover_in_background(self: Rc<Self>) {
+        let waiting: Vec<Rc<Extent>> = {
+            let extents = self.extents.borrow();
+            let marked = extents
+                .values()
+                .filter(|extent| extent.state.get() == State::Unreconciled);
+            marked.cloned().collect()
+        };
+        if waiting.is_empty() {
+            return;
+        }
+        tracing::info!(volume = %self.label, extents = waiting.len(), "reconciling extents after an unclean stop");
+        let waiting = RefCell::new(waiting);
+        // Two at a time; requests for other extents get the other turns.
+        join(self.reconcile_some(&waiting), self.reconcile_some(&waiting)).await;
+        if self.check().is_ok() && self.recovering.get() == 0 {
+            let unverified = self.unverified.get();
+            tracing::info!(volume = %self.label, unverified_blocks = unverified, "all extents are reconciled");
+        }
+    }
+
+    async fn reconcile_some(self: &Rc<Self>, waiting: &RefCell<Vec<Rc<Extent>>>) {
+        loop {
+            let next = waiting.borrow_mut().pop();
+            let Some(extent) = next else { return };
+            while extent.state.get() == State::Unreconciled {
+                if self.stop.get() || self.check().is_err() {
+                    return;
+                }
+                if self.reconcile_now(&extent).await.is_err() {
+                    sleep(MARK_RETRY).await;
+                }
+            }
+        }
+    }
+
+    /// Reconciles an extent, unless somebody else has begun to.
+    ///
+    /// # Errors
+    /// `NoSpace` when a replica has no room for a mark (the extent stays Unreconciled); `Io`.
+    pub(super) async fn reconcile_now(self: &Rc<Self>, extent: &Rc<Extent>) -> Result<()> {
+        if extent.state.get() != State::Unreconciled {
+            return Ok(());
+        }
+        extent.state.set(State::Reconciling);
+        let (core, extent, running) = (self.clone(), extent.clone(), self.background.enter());
+        uncancelled(async move {
+            let result = core.reconcile(&extent).await;
+            match &result {
+                Ok(()) => {
+                    core.recovering.set(core.recovering.get() - 1);
+                    extent.last_write.set(core.tick.get());
+                    core.turn(&extent, State::Dirty);
+                }
+                Err(error) if error.kind() == Kind::NoSpace => core.turn(&extent, State::Unreconciled),
+                // The volume has stopped.
+                Err(_) => {}
+            }
+            drop(running);
+            result
+        })
+        .await
+    }
+
+    async fn reconcile(self: &Rc<Self>, extent: &Rc<Extent>) -> Result<()> {
+        let _turn = self.reconciling.acquire(1).await;
+        self.check()?;
+        self.mark_the_rest(extent).await?;
+        let _held = extent.lock.lock(0..self.shape.blocks, Mode::Exclusive).await;
+        let areas = Areas::new(self.read_areas(extent).await?);
+        let mut sums = self.holes();
+        for start in (0..self.shape.blocks).step_by(CHUNK_BLOCKS as usize) {
+            let end = self.shape.blocks.min(start + CHUNK_BLOCKS);
+            let new = &mut sums[start as usize..end as usize];
+            self.reconcile_chunk(extent, &areas, start..end, new).await?;
+        }
+        extent.sequence.set(areas.newest_sequence());
+        self.cache.put(extent, sums);
+        Ok(())
+    }
+
+    /// Rewriting is writing: first every replica has the mark.
+    async fn mark_the_rest(&self, extent: &Rc<Extent>) -> Result<()> {
+        let marked_on = extent.marked_on.get();
+        let places = extent.places.get();
+        let results = self
+            .on_all(|replica, io| async move {
+                match marked_on >> replica & 1 {
+                    1 => Ok(()),
+                    _ => self.commit_patiently(io, &[Change::Mark(places[replica])]).await,
+                }
+            })
+            .await;
+        let mut refused = None;
+        for (replica, result) in results.0.into_iter().flatten().enumerate() {
+            match result {
+                Ok(()) => extent.marked_on.set(extent.marked_on.get() | 1 << replica),
+                Err(error) if error.kind() == Kind::NoSpace => refused = Some(error),
+                Err(error) => return Err(self.fail(replica, &error)),
+            }
+        }
+        refused.map_or(Ok(()), Err)
+    }
+
+    async fn reconcile_chunk(
+        &self,
+        extent: &Extent,
+        areas: &Areas,
+        blocks: Range<u32>,
+        sums: &mut [u32],
+    ) -> Result<()> {
+        let places = extent.places.get();
+        let mut copies = self.read_all(places, blocks.start, blocks.len() as u32).await?;
+        let mut stale = vec![[false; REPLICAS_MAX]; blocks.len()];
+        for (at, block) in blocks.clone().enumerate() {
+            let number = self.shape.block_index(extent.index, block);
+            let bytes = at * BLOCK_SIZE..(at + 1) * BLOCK_SIZE;
+            let chosen = {
+                let copies: Vec<&[u8]> = copies.iter().map(|copy| &copy[bytes.clone()]).collect();
+                choose(self.dataset, number, &copies, areas.entries(block))
+            };
+            if !chosen.verified {
+                self.unverified.set(self.unverified.get() + 1);
+            }
+            for (replica, stale) in stale[at].iter_mut().enumerate().take(copies.len()) {
+                *stale = copies[replica][bytes.clone()] != copies[chosen.copy][bytes.clone()];
+            }
+            // The first buffer collects the winners.
+            if let Some((first, others)) = copies.split_first_mut()
+                && let Some(winner) = chosen.copy.checked_sub(1)
+            {
+                first[bytes.clone()].copy_from_slice(&others[winner][bytes.clone()]);
+            }
+            let winner = &copies[0][bytes];
+            sums[at] = match verify_block(self.dataset, number, winner, HOLE) {
+                true => HOLE,
+                false => block_sum(self.dataset, number, winner),
+            };
+        }
+        let winners: Buf = copies.swap_remove(0);
+        drop(copies);
+        let sealed = SealedBuf::from_ciphertext(winners);
+        for (replica, io) in self.replicas.iter().enumerate() {
+            for run in runs(stale.iter().map(|stale| stale[replica])) {
+                let bytes = run.start * BLOCK_SIZE..run.end * BLOCK_SIZE;
+                let block = blocks.start + run.start as u32;
+                let written = io.write(places[replica], block, &sealed, bytes).await;
+                written.map_err(|error| self.fail(replica, &error))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The replicas' areas of one extent, newest first.
+struct Areas(Vec<Area>);
+
+enum Area {
+    Valid(SumArea),
+    Blank,
+}
+
+impl Areas {
+    fn new(read: Vec<SumAreaRead>) -> Self {
+        let usable = read.into_iter().filter_map(|area| match area {
+            SumAreaRead::Valid(area) => Some(Area::Valid(area)),
+            SumAreaRead::Blank => Some(Area::Blank),
+            // It has no say.
+            SumAreaRead::Damaged(_) => None,
+        });
+        let mut areas: Vec<Area> = usable.collect();
+        areas.sort_by_key(|area| std::cmp::Reverse(area.sequence()));
+        Self(areas)
+    }
+
+    /// What they say of a block, newest first.
+    fn entries(&self, block: u32) -> impl Iterator<Item = u32> {
+        self.0.iter().map(move |area| match area {
+            Area::Valid(area) => area.sums[block as usize],
+            Area::Blank => HOLE,
+        })
+    }
+
+    fn newest_sequence(&self) -> u64 {
+        self.0.first().map_or(0, Area::sequence)
+    }
+}
+
+impl Area {
+    fn sequence(&self) -> u64 {
+        match self {
+            Area::Valid(area) => area.sequence,
+            Area::Blank => 0,
+        }
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Chosen {
+    copy: usize,
+    verified: bool,
+}
+
+/// The module's second table.
+fn choose(
+    dataset: DatasetId,
+    block: BlockIndex,
+    copies: &[&[u8]],
+    entries: impl Iterator<Item = u32>,
+) -> Chosen {
+    let mut vouched = entries.filter_map(|sum| {
+        let matches = |copy: &&[u8]| verify_block(dataset, block, copy, sum);
+        copies.iter().position(matches)
+    });
+    let equal = copies.iter().all(|copy| *copy == copies[0]);
+    match (equal, vouched.next()) {
+        (true, vouched) => Chosen {
+            copy: 0,
+            verified: vouched.is_some(),
+        },
+        (false, Some(copy)) => Chosen { copy, verified: true },
+        (false, None) => Chosen {
+            copy: 0,
+            verified: false,
+        },
+    }
+}
+
+/// Runs of `true`.
+fn runs(flags: impl Iterator<Item = bool>) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for (at, _) in flags.enumerate().filter(|(_, set)| *set) {
+        match runs.last_mut() {
+            Some(run) if run.end == at => run.end += 1,
+            _ => runs.push(at..at + 1),
+        }
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::{KeyVersion, PhysicalExtent};
+
+    fn entry(dirty: bool) -> Option<ExtentEntry> {
+        Some(ExtentEntry {
+            logical: ExtentIndex(0),
+            physical: PhysicalExtent(0),
+            dirty,
+            key_version: KeyVersion(1),
+        })
+    }
+
+    #[test]
+    fn the_table_of_fates_holds_for_every_combination_on_one_to_three_replicas() {
+        let (gone, clean, dirty) = (None, entry(false), entry(true));
+        let cases: &[(&[Option<ExtentEntry>], Fate)] = &[
+            (&[clean], Fate::Clean),
+            (&[dirty], Fate::Reconcile),
+            (&[clean, clean], Fate::Clean),
+            (&[clean, dirty], Fate::Reconcile),
+            (&[dirty, dirty], Fate::Reconcile),
+            (&[gone, dirty], Fate::Release),
+            (&[dirty, gone], Fate::Release),
+            (&[gone, clean], Fate::Contradiction),
+            (&[dirty, clean, clean], Fate::Reconcile),
+            (&[dirty, gone, gone], Fate::Release),
+            (&[dirty, gone, dirty], Fate::Release),
+            (&[dirty, gone, clean], Fate::Contradiction),
+            (&[gone, clean, gone], Fate::Contradiction),
+        ];
+        for (found, expected) in cases {
+            assert_eq!(fate(found), *expected, "{found:?}");
+        }
+    }
+
+    #[test]
+    fn the_table_of_blocks_prefers_equal_copies_then_the_newest_area_then_the_first_replica() {
+        let dataset = DatasetId::random();
+        let number = BlockIndex(9);
+        let (old, new, torn, hole) = ([1; BLOCK_SIZE], [2; BLOCK_SIZE], [3; BLOCK_SIZE], [0; BLOCK_SIZE]);
+        let sum = |block: &[u8]| block_sum(dataset, number, block);
+        let decide = |copies: &[&[u8]], entries: &[u32]| {
+            let chosen = choose(dataset, number, copies, entries.iter().copied());
+            (chosen.copy, chosen.verified)
+        };
+        assert_eq!(decide(&[&new, &new], &[sum(&new), sum(&old)]), (0, true));
+        assert_eq!(
+            decide(&[&new, &new], &[sum(&old)]),
+            (0, false),
+            "flushed data stays"
+        );
+        assert_eq!(decide(&[&torn, &old], &[sum(&old)]), (1, true));
+        assert_eq!(
+            decide(&[&old, &new], &[sum(&new), sum(&old)]),
+            (1, true),
+            "the newest area first"
+        );
+        assert_eq!(
+            decide(&[&torn, &old], &[sum(&new), sum(&old)]),
+            (1, true),
+            "whole rather than torn"
+        );
+        assert_eq!(decide(&[&torn, &new], &[sum(&old)]), (0, false));
+        assert_eq!(
+            decide(&[&torn, &hole], &[HOLE]),
+            (1, true),
+            "a blank area vouches for holes"
+        );
+        assert_eq!(decide(&[&hole, &hole], &[HOLE]), (0, true));
+        assert_eq!(decide(&[&torn], &[sum(&old)]), (0, false), "a single replica");
+        assert_eq!(decide(&[&old, &torn, &old], &[]), (0, false));
+    }
+}
