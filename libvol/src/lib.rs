@@ -25,7 +25,11 @@ pub mod limits;
 #[cfg(feature = "engine")]
 pub mod buf;
 #[cfg(feature = "engine")]
+pub mod catalog;
+#[cfg(feature = "engine")]
 pub mod crypto;
+#[cfg(feature = "engine")]
+pub mod destroy;
 #[cfg(feature = "engine")]
 pub mod disk;
 #[cfg(feature = "engine")]
@@ -36,6 +40,8 @@ pub mod runtime;
 pub mod secret;
 #[cfg(feature = "engine")]
 pub mod store;
+#[cfg(feature = "engine")]
+pub mod tenant;
 #[cfg(feature = "engine")]
 pub mod volume;
 

@@ -1,0 +1,272 @@
+//! What the catalog remembers, one type a noun. Serialised as JSON, so that a person can read a copy of it.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::table::Record;
+use crate::control::Protocol;
+use crate::ids::{
+    AttachmentId, CmkId, CustomerId, DatasetId, Epoch, Name, StoreId, VmId, VolumeId, VolumePath,
+};
+use crate::store::Member;
+
+/// A store that belongs to this installation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreRecord {
+    /// Its id, as in its superblock.
+    pub id: StoreId,
+    /// Its name.
+    pub name: Name,
+    /// Absolute path of its file or device.
+    pub path: PathBuf,
+    /// Its failure domain.
+    pub zone: Name,
+    /// Extent size.
+    pub extent_bytes: u64,
+    /// Data extents.
+    pub extents: u32,
+    /// The operator accepted a file system without O_DIRECT.
+    pub allow_buffered: bool,
+    /// Latched when a sync or metadata write failed: not opened again until an operator acts.
+    pub fault: Option<StoreFault>,
+    /// Seconds since 1970.
+    pub created_unix_seconds: u64,
+}
+
+/// Why a store is latched faulty.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreFault {
+    /// What failed.
+    pub reason: String,
+    /// Seconds since 1970.
+    pub since_unix_seconds: u64,
+}
+
+/// A customer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CustomerRecord {
+    /// Its id.
+    pub id: CustomerId,
+    /// Its name.
+    pub name: Name,
+    /// The master key its volumes' data keys are wrapped by.
+    pub cmk: CmkId,
+    /// Seconds since 1970.
+    pub created_unix_seconds: u64,
+}
+
+/// A VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmRecord {
+    /// Its id.
+    pub id: VmId,
+    /// Its name, unique on the host.
+    pub name: Name,
+    /// Whose it is; never changes.
+    pub customer: CustomerId,
+    /// Unix uid its QEMU runs as.
+    pub uid: u32,
+    /// Seconds since 1970.
+    pub created_unix_seconds: u64,
+}
+
+/// Where a volume is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Intent: slots may be on some of its stores. Rolled back at the next start.
+    Creating,
+    /// In use.
+    Ready,
+    /// Its destruction has begun and will be carried to the end.
+    Destroying,
+}
+
+/// One replica of a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaRecord {
+    /// On which store.
+    pub store: StoreId,
+    /// Its membership state.
+    pub state: Member,
+}
+
+/// A volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeRecord {
+    /// Its id.
+    pub id: VolumeId,
+    /// Its full name.
+    pub path: VolumePath,
+    /// Whose it is; never changes.
+    pub customer: CustomerId,
+    /// Scope of its data key.
+    pub dataset: DatasetId,
+    /// Its size.
+    pub size_bytes: u64,
+    /// Its replicas, in the order of its slots.
+    pub replicas: Vec<ReplicaRecord>,
+    /// Rises with every change of membership.
+    pub membership_epoch: Epoch,
+    /// Rises with every attach and detach.
+    pub attachment_epoch: Epoch,
+    /// Where it is in its life.
+    pub phase: Phase,
+    /// Seconds since 1970.
+    pub created_unix_seconds: u64,
+}
+
+/// An attachment; at most one a volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachmentRecord {
+    /// Its id.
+    pub id: AttachmentId,
+    /// The volume.
+    pub volume: VolumeId,
+    /// The VM.
+    pub vm: VmId,
+    /// The VM's customer when it was attached: the volume's.
+    pub customer: CustomerId,
+    /// The volume's attachment epoch that this attachment began.
+    pub epoch: Epoch,
+    /// Data protocol.
+    pub protocol: Protocol,
+    /// Whether writes are refused.
+    pub read_only: bool,
+}
+
+/// What a destruction has reached on one store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DestroyedStore {
+    /// The store.
+    pub store: StoreId,
+    /// Extents the volume held there, once known.
+    pub extents: u32,
+    /// Every key copy and extent there is overwritten, verified and free.
+    pub done: bool,
+}
+
+/// A destruction, from its intent on; kept after its end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DestroyRecord {
+    /// The volume's id.
+    pub volume: VolumeId,
+    /// Its name when it was deleted.
+    pub path: VolumePath,
+    /// Whose it was.
+    pub customer: CustomerId,
+    /// By store.
+    pub stores: Vec<DestroyedStore>,
+    /// Seconds since 1970.
+    pub started_unix_seconds: u64,
+    /// Seconds since 1970, once every store is done.
+    pub finished_unix_seconds: Option<u64>,
+}
+
+/// Remains of a destroyed volume, for ever: ids only, so that nothing can bring it back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tombstone {
+    /// The volume's id.
+    pub volume: VolumeId,
+    /// Scope of its data key.
+    pub dataset: DatasetId,
+}
+
+impl Record for StoreRecord {
+    type Id = StoreId;
+    const NOUN: &'static str = "store";
+    const TABLE: &'static str = "stores";
+    fn id(&self) -> StoreId {
+        self.id
+    }
+    fn unique(&self) -> Option<String> {
+        Some(self.name.to_string())
+    }
+}
+
+impl Record for CustomerRecord {
+    type Id = CustomerId;
+    const NOUN: &'static str = "customer";
+    const TABLE: &'static str = "customers";
+    fn id(&self) -> CustomerId {
+        self.id
+    }
+    fn unique(&self) -> Option<String> {
+        Some(self.name.to_string())
+    }
+}
+
+impl Record for VmRecord {
+    type Id = VmId;
+    const NOUN: &'static str = "VM";
+    const TABLE: &'static str = "vms";
+    fn id(&self) -> VmId {
+        self.id
+    }
+    fn unique(&self) -> Option<String> {
+        Some(self.name.to_string())
+    }
+}
+
+impl Record for VolumeRecord {
+    type Id = VolumeId;
+    const NOUN: &'static str = "volume";
+    const TABLE: &'static str = "volumes";
+    fn id(&self) -> VolumeId {
+        self.id
+    }
+    fn unique(&self) -> Option<String> {
+        Some(self.path.to_string())
+    }
+}
+
+impl Record for AttachmentRecord {
+    type Id = AttachmentId;
+    const NOUN: &'static str = "attachment of volume";
+    const TABLE: &'static str = "attachments";
+    fn id(&self) -> AttachmentId {
+        self.id
+    }
+    /// One attachment a volume.
+    fn unique(&self) -> Option<String> {
+        Some(self.volume.to_string())
+    }
+}
+
+impl Record for DestroyRecord {
+    type Id = VolumeId;
+    const NOUN: &'static str = "destruction";
+    const TABLE: &'static str = "destroys";
+    fn id(&self) -> VolumeId {
+        self.volume
+    }
+    fn unique(&self) -> Option<String> {
+        None
+    }
+}
+
+impl Record for Tombstone {
+    type Id = VolumeId;
+    const NOUN: &'static str = "tombstone";
+    const TABLE: &'static str = "tombstones";
+    fn id(&self) -> VolumeId {
+        self.volume
+    }
+    fn unique(&self) -> Option<String> {
+        None
+    }
+}
+
+macro_rules! id_is_uuid {
+    ($($id:ident),*) => {$(
+        impl From<$id> for Uuid {
+            fn from(id: $id) -> Uuid {
+                id.0
+            }
+        }
+    )*};
+}
+
+id_is_uuid!(StoreId, CustomerId, VmId, VolumeId, AttachmentId);
