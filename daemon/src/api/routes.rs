@@ -1,0 +1,217 @@
+//! The table of calls. A handler parses, runs its operation as a task, and answers.
+
+use std::sync::Arc;
+
+use axum::body::Bytes;
+use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Path, Query, State};
+use axum::http::{StatusCode, Uri};
+use axum::routing::{get, post};
+use axum::{Router, middleware};
+use libvol::control::{self, Done, List};
+use libvol::ids::{Name, VolumeId, VolumePath};
+use libvol::limits::API_BODY_BYTES_MAX;
+use libvol::{Error, Result};
+use serde::{Deserialize, Serialize};
+
+use super::peer::{Peer, admit};
+use super::reply::{Failure, Reply, json, parse, part};
+use crate::operations::Operations;
+
+type Ops = State<Arc<Operations>>;
+type Body = Result<Bytes, BytesRejection>;
+type One = Result<Path<String>, PathRejection>;
+type Two = Result<Path<(String, String)>, PathRejection>;
+
+/// All calls over `operations`.
+pub(super) fn router(operations: Arc<Operations>) -> Router {
+    Router::new()
+        .route("/v1/version", get(version))
+        .route("/v1/status", get(status))
+        .route("/v1/stores", get(store_list).post(store_add))
+        .route("/v1/stores/{name}", get(store_show).delete(store_remove))
+        .route("/v1/customers", get(customer_list).post(customer_create))
+        .route("/v1/customers/{customer}", get(customer_show))
+        .route("/v1/vms", get(vm_list).post(vm_create))
+        .route("/v1/vms/{vm}", get(vm_show).delete(vm_remove))
+        .route("/v1/volumes", get(volume_list).post(volume_create))
+        .route(
+            "/v1/volumes/{customer}/{name}",
+            get(volume_show).delete(volume_delete),
+        )
+        .route("/v1/volumes/{customer}/{name}/resize", post(volume_resize))
+        .route("/v1/attachments", get(attachment_list).post(attach))
+        .route("/v1/detach", post(detach))
+        .route("/v1/destroys", get(destroy_list))
+        .route("/v1/destroys/{volume_id}", get(destroy_show))
+        .fallback(unknown_path)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(DefaultBodyLimit::max(API_BODY_BYTES_MAX))
+        .layer(middleware::from_fn(admit))
+        .with_state(operations)
+}
+
+/// Runs an operation as a task of its own: it goes on to its end even if the caller hangs up, and a panic in it is an
+/// answer rather than a cut connection.
+async fn run<T, F>(operation: F) -> Reply<T>
+where
+    T: Serialize + Send + 'static,
+    F: Future<Output = Result<T>> + Send + 'static,
+{
+    let ended = tokio::spawn(operation).await;
+    json(ended.unwrap_or_else(|e| Err(Error::internal(format!("the operation did not end: {e}")))))
+}
+
+async fn unknown_path(uri: Uri) -> Failure {
+    Error::not_found(format!(
+        "there is no {} in this API; it has /v1/status and others",
+        shortened(&uri)
+    ))
+    .into()
+}
+
+async fn wrong_method(uri: Uri) -> Failure {
+    let error = Error::invalid(format!("{} does not take this method", shortened(&uri)));
+    Failure::with_status(StatusCode::METHOD_NOT_ALLOWED, error)
+}
+
+fn shortened(uri: &Uri) -> String {
+    uri.path().chars().take(200).collect()
+}
+
+fn list<T>(items: Result<Vec<T>>) -> Result<List<T>> {
+    items.map(|items| List { items })
+}
+
+fn volume_path(parts: Two) -> Result<VolumePath, Failure> {
+    let Path((customer, name)) = parts?;
+    Ok(VolumePath {
+        customer: part(&customer)?,
+        name: part(&name)?,
+    })
+}
+
+async fn version(State(operations): Ops) -> Reply<control::Version> {
+    json(Ok(operations.version()))
+}
+
+async fn status(State(operations): Ops) -> Reply<control::Status> {
+    run(async move { operations.status().await }).await
+}
+
+async fn store_add(State(operations): Ops, body: Body) -> Reply<control::Store> {
+    let request: control::StoreAdd = parse(body)?;
+    run(async move { operations.store_add(request).await }).await
+}
+
+async fn store_list(State(operations): Ops) -> Reply<List<control::Store>> {
+    run(async move { list(operations.store_list()) }).await
+}
+
+async fn store_show(State(operations): Ops, name: One) -> Reply<control::Store> {
+    let name: Name = part(&name?)?;
+    run(async move { operations.store_show(&name) }).await
+}
+
+async fn store_remove(State(operations): Ops, name: One) -> Reply<Done> {
+    let name: Name = part(&name?)?;
+    run(async move { operations.store_remove(&name).await.map(|()| Done {}) }).await
+}
+
+async fn customer_create(State(operations): Ops, body: Body) -> Reply<control::Customer> {
+    let request: control::CustomerCreate = parse(body)?;
+    run(async move { operations.customer_create(request).await }).await
+}
+
+async fn customer_list(State(operations): Ops) -> Reply<List<control::Customer>> {
+    run(async move { list(operations.customer_list()) }).await
+}
+
+async fn customer_show(State(operations): Ops, name: One) -> Reply<control::Customer> {
+    let name: Name = part(&name?)?;
+    run(async move { operations.customer_show(&name) }).await
+}
+
+async fn vm_create(
+    State(operations): Ops,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    body: Body,
+) -> Reply<control::Vm> {
+    let request: control::VmCreate = parse(body)?;
+    run(async move { operations.vm_create(request, peer.uid()) }).await
+}
+
+async fn vm_list(State(operations): Ops) -> Reply<List<control::Vm>> {
+    run(async move { list(operations.vm_list()) }).await
+}
+
+async fn vm_show(State(operations): Ops, name: One) -> Reply<control::Vm> {
+    let name: Name = part(&name?)?;
+    run(async move { operations.vm_show(&name) }).await
+}
+
+async fn vm_remove(State(operations): Ops, name: One) -> Reply<Done> {
+    let name: Name = part(&name?)?;
+    run(async move { operations.vm_remove(&name).map(|()| Done {}) }).await
+}
+
+async fn volume_create(State(operations): Ops, body: Body) -> Reply<control::Volume> {
+    let request: control::VolumeCreate = parse(body)?;
+    run(async move { operations.volume_create(request).await }).await
+}
+
+async fn volume_list(State(operations): Ops) -> Reply<List<control::Volume>> {
+    run(async move { list(operations.volume_list().await) }).await
+}
+
+async fn volume_show(State(operations): Ops, path: Two) -> Reply<control::Volume> {
+    let path = volume_path(path)?;
+    run(async move { operations.volume_show(&path).await }).await
+}
+
+async fn volume_resize(State(operations): Ops, path: Two, body: Body) -> Reply<control::Volume> {
+    let path = volume_path(path)?;
+    let request: control::VolumeResize = parse(body)?;
+    run(async move { operations.volume_resize(&path, request).await }).await
+}
+
+/// `?now=true`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DeleteQuery {
+    #[serde(default)]
+    now: bool,
+}
+
+async fn volume_delete(
+    State(operations): Ops,
+    path: Two,
+    query: Result<Query<DeleteQuery>, QueryRejection>,
+) -> Reply<control::Destroy> {
+    let path = volume_path(path)?;
+    let Query(DeleteQuery { now }) = query?;
+    run(async move { operations.volume_delete(&path, now).await }).await
+}
+
+async fn attach(State(operations): Ops, body: Body) -> Reply<control::Attachment> {
+    let request: control::Attach = parse(body)?;
+    run(async move { operations.attach(request).await }).await
+}
+
+async fn attachment_list(State(operations): Ops) -> Reply<List<control::Attachment>> {
+    run(async move { list(operations.attachment_list().await) }).await
+}
+
+async fn detach(State(operations): Ops, body: Body) -> Reply<Done> {
+    let request: control::Detach = parse(body)?;
+    run(async move { operations.detach(request).await.map(|()| Done {}) }).await
+}
+
+async fn destroy_list(State(operations): Ops) -> Reply<List<control::Destroy>> {
+    run(async move { list(operations.destroy_list().await) }).await
+}
+
+async fn destroy_show(State(operations): Ops, id: One) -> Reply<control::Destroy> {
+    let id: VolumeId = part(&id?)?;
+    run(async move { operations.destroy_show(id).await }).await
+}

@@ -1,0 +1,106 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+use libvol::ids::Name;
+use libvol::store::CheckScope;
+
+use crate::config::IoEngine;
+
+/// Serves encrypted, mirrored volumes to virtual machines.
+#[derive(Debug, Parser)]
+#[command(name = "vold", version, about)]
+pub(crate) struct Args {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run the daemon.
+    Serve(Serve),
+    /// Check catalog, stores and replicas of a stopped daemon; exit 1 when anything is damaged.
+    Check(Check),
+    /// Let a stopped daemon use a store again whose device failed, after you have looked at the device.
+    ClearFault(ClearFault),
+}
+
+/// `vold serve`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Serve {
+    /// Directory of catalog, keys and sockets; made when it is missing.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data_dir: PathBuf,
+    /// Configuration file (TOML); flags override it.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// I/O engine.
+    #[arg(long, value_enum)]
+    pub(crate) io_engine: Option<IoEngine>,
+    /// Data-plane threads.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) shards: Option<u16>,
+}
+
+/// `vold check`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Check {
+    /// Directory of the stopped daemon.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data_dir: PathBuf,
+    /// Skip the free extents, which should hold zeros.
+    #[arg(long)]
+    pub(crate) quick: bool,
+}
+
+/// `vold clear-fault`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ClearFault {
+    /// Directory of the stopped daemon.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data_dir: PathBuf,
+    /// The store's name.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) store: Name,
+}
+
+impl Check {
+    /// How much to read.
+    pub(crate) fn scope(&self) -> CheckScope {
+        if self.quick {
+            CheckScope::Quick
+        } else {
+            CheckScope::Full
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn wrong_usage_is_status_2() {
+        for wrong in [
+            &["vold"][..],
+            &["vold", "serve"],
+            &["vold", "serve", "--data-dir", "/x", "--shards", "0"],
+            &["vold", "serve", "--data-dir", "/x", "--io-engine", "spdk"],
+            &["vold", "check"],
+            &["vold", "mend"],
+        ] {
+            let error = Args::try_parse_from(wrong).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{wrong:?}");
+        }
+    }
+}

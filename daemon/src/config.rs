@@ -1,0 +1,204 @@
+//! What the daemon runs with: the configuration file, overridden by flags. Unknown keys are refused, because a misspelt
+//! setting that is silently ignored is worse than a daemon that does not start.
+
+use std::path::Path;
+
+use libvol::disk::EngineChoice;
+use libvol::{Error, Kind, Result};
+use serde::Deserialize;
+
+use crate::args::Serve;
+
+/// Data-plane threads a daemon may have; each is one core's worth of work.
+const SHARDS_MAX: u16 = 64;
+
+/// The I/O engine, as people write it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum IoEngine {
+    /// io_uring where the kernel allows it, else threads.
+    #[default]
+    Auto,
+    /// io_uring or fail.
+    Uring,
+    /// The thread pool.
+    Threads,
+}
+
+impl From<IoEngine> for EngineChoice {
+    fn from(engine: IoEngine) -> Self {
+        match engine {
+            IoEngine::Auto => EngineChoice::Auto,
+            IoEngine::Uring => EngineChoice::Uring,
+            IoEngine::Threads => EngineChoice::Threads,
+        }
+    }
+}
+
+/// The configuration file: every key is optional.
+#[derive(Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    io_engine: Option<IoEngine>,
+    shards: Option<u16>,
+    log: Option<String>,
+}
+
+/// The file's keys, for the refusal of others. A test holds it to [`File`].
+const KEYS: [&str; 3] = ["io_engine", "shards", "log"];
+
+/// Settings in force.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Config {
+    /// I/O engine.
+    pub(crate) io_engine: IoEngine,
+    /// Data-plane threads.
+    pub(crate) shards: usize,
+    /// Log filter, as `info` or `vold=debug,libvol=info`.
+    pub(crate) log: String,
+}
+
+impl Config {
+    /// From the file, if one is named, and the flags.
+    ///
+    /// # Errors
+    /// `Invalid` with the file, the line and the key.
+    pub(crate) fn load(args: &Serve) -> Result<Self> {
+        let file = match &args.config {
+            None => File::default(),
+            Some(path) => {
+                let text = std::fs::read_to_string(path).map_err(|e| {
+                    Error::with_source(
+                        Kind::Invalid,
+                        format!("configuration file {}: cannot be read", path.display()),
+                        e,
+                    )
+                })?;
+                parse(path, &text)?
+            }
+        };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(Self {
+            io_engine: args.io_engine.or(file.io_engine).unwrap_or_default(),
+            shards: args
+                .shards
+                .or(file.shards)
+                .map_or_else(|| default_shards(cores), usize::from),
+            log: std::env::var("VOLD_LOG")
+                .ok()
+                .or(file.log)
+                .unwrap_or_else(|| "info".into()),
+        })
+    }
+}
+
+/// Half of the cores, because the VMs that a shard serves need the others; one up to two cores, since a second shard would
+/// take turns with the first and with the clients; at most eight, each good for some 300,000 requests a second.
+fn default_shards(cores: usize) -> usize {
+    (cores / 2).clamp(1, 8)
+}
+
+fn parse(path: &Path, text: &str) -> Result<File> {
+    let path = path.display();
+    let invalid = |what: String| Error::invalid(format!("configuration file {path}: {what}"));
+    let table: toml::Table = toml::from_str(text).map_err(|e| invalid(located(text, &e)))?;
+    if let Some(key) = table.keys().find(|key| !KEYS.contains(&key.as_str())) {
+        return Err(invalid(format!(
+            "unknown key {key:?}; the keys are {}",
+            KEYS.join(", ")
+        )));
+    }
+    let file: File = toml::from_str(text).map_err(|e| invalid(located(text, &e)))?;
+    if let Some(shards) = file.shards
+        && !(1..=SHARDS_MAX).contains(&shards)
+    {
+        return Err(invalid(format!("shards = {shards}; use 1 to {SHARDS_MAX}")));
+    }
+    Ok(file)
+}
+
+/// The error on one line, with the number of the line it is about.
+fn located(text: &str, error: &toml::de::Error) -> String {
+    let message = error.message().replace('\n', " ");
+    match error.span() {
+        Some(span) => {
+            let line = 1 + text[..span.start.min(text.len())].matches('\n').count();
+            format!("line {line}: {message}")
+        }
+        None => message,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(text: &str) -> String {
+        let error = parse(Path::new("/etc/vold.toml"), text).unwrap_err();
+        assert_eq!(error.kind(), Kind::Invalid);
+        let line = error.to_string();
+        assert!(!line.contains('\n'), "one line: {line}");
+        assert!(line.contains("/etc/vold.toml"), "names the file: {line}");
+        line
+    }
+
+    #[test]
+    fn every_key_is_optional_and_known() {
+        let path = Path::new("f");
+        assert_eq!(parse(path, "").unwrap(), File::default());
+        let all = "io_engine = \"threads\"\nshards = 3\nlog = \"debug\"\n";
+        let file = parse(path, all).unwrap();
+        assert_eq!(file.io_engine, Some(IoEngine::Threads));
+        assert_eq!((file.shards, file.log.as_deref()), (Some(3), Some("debug")));
+        let written: toml::Table = toml::from_str(all).unwrap();
+        assert!(
+            KEYS.iter().all(|key| written.contains_key(*key)),
+            "the test writes every key"
+        );
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_by_name() {
+        let line = refusal("shards = 2\nshard_count = 4\n");
+        assert!(
+            line.contains("\"shard_count\"") && line.contains("io_engine"),
+            "{line}"
+        );
+        let line = refusal("[nbd]\nport = 1\n");
+        assert!(line.contains("\"nbd\""), "{line}");
+    }
+
+    #[test]
+    fn a_bad_value_or_bad_syntax_names_the_line() {
+        assert!(refusal("\nio_engine = \"spdk\"\n").contains("line 2"));
+        assert!(refusal("shards = \"two\"\n").contains("line 1"));
+        assert!(refusal("\n\nshards = = 2\n").contains("line 3"));
+        assert!(refusal("shards = 0\n").contains("1 to 64"));
+        assert!(refusal("shards = 65\n").contains("1 to 64"));
+    }
+
+    #[test]
+    fn half_of_the_cores_serve() {
+        let defaults: Vec<usize> = [1, 2, 3, 4, 8, 16, 64].into_iter().map(default_shards).collect();
+        assert_eq!(defaults, [1, 1, 1, 2, 4, 8, 8]);
+    }
+
+    #[test]
+    fn flags_override_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("vold.toml");
+        std::fs::write(&path, "io_engine = \"uring\"\nshards = 3\n").unwrap();
+        let mut args = Serve {
+            data_dir: "/x".into(),
+            config: Some(path),
+            io_engine: None,
+            shards: None,
+        };
+        let config = Config::load(&args).unwrap();
+        assert_eq!((config.io_engine, config.shards), (IoEngine::Uring, 3));
+        args.io_engine = Some(IoEngine::Threads);
+        args.shards = Some(1);
+        let config = Config::load(&args).unwrap();
+        assert_eq!((config.io_engine, config.shards), (IoEngine::Threads, 1));
+    }
+}

@@ -1,0 +1,33 @@
+//! `vold`: serves encrypted, mirrored volumes to virtual machines. This file only puts the parts together.
+
+mod api;
+mod args;
+mod check;
+mod clear_fault;
+mod config;
+mod data_dir;
+mod nbd;
+mod operations;
+mod process;
+mod serve;
+mod shard;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Args, Command};
+
+fn main() -> ExitCode {
+    // Wrong usage ends here, with status 2 and the usage on stderr.
+    let args = Args::parse();
+    let result = process::harden().and_then(|()| match args.command {
+        Command::Serve(serve) => serve::run(&serve).map(|()| ExitCode::SUCCESS),
+        Command::Check(check) => check::run(&check.data_dir, check.scope()),
+        Command::ClearFault(clear) => clear_fault::run(&clear).map(|()| ExitCode::SUCCESS),
+    });
+    result.unwrap_or_else(|e| {
+        eprintln!("vold: {e}");
+        ExitCode::FAILURE
+    })
+}

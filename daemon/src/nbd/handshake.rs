@@ -1,0 +1,303 @@
+//! The handshake: from the greeting to an agreed export (fixed newstyle).
+//!
+//! Every option gets its replies before the next is read, and an option that is unknown, malformed or too long is
+//! answered and skipped, so that the client stays in step. What a client may cost is bounded: options are counted
+//! and limited in length, and the caller sets a deadline. A foreign export and a missing one get the same answer.
+//! It deliberately keeps no list of exports: it asks [`Exports`] each time, so a detach shows at once.
+
+use std::fmt;
+use std::io;
+
+use libvol::limits::{BLOCK_SIZE, NBD_OPTION_BYTES_MAX, NBD_OPTIONS_MAX, NBD_PAYLOAD_MAX};
+use libvol::runtime::SendPart;
+
+use super::device::Device;
+use super::inbox::Inbox;
+use super::proto::option::{
+    ALLOCATION_CONTEXT, ALLOCATION_CONTEXT_ID, ClientFlags, ClientOption, ContextQuery, ExportFlags,
+    ExportQuery, HEADER_BYTES, OptionCode, OptionError, OptionHeader, OptionReplies, export_name_reply,
+    greeting,
+};
+use super::session::Seat;
+use super::{Export, Exports};
+
+/// The longest option with its header, and as much again for whatever follows.
+pub(super) const INBOX_BYTES: usize = 2 * (NBD_OPTION_BYTES_MAX as usize);
+/// An option longer than allowed is skipped up to this length, beyond which the connection is dropped.
+const SKIP_BYTES_MAX: u32 = 1 << 20;
+
+/// What was agreed.
+pub(super) struct Negotiated<D> {
+    /// The export.
+    pub(super) export: Export<D>,
+    /// Replies are structured.
+    pub(super) structured: bool,
+    /// The client may ask for `base:allocation`.
+    pub(super) allocation_context: bool,
+}
+
+/// How a handshake ends without an export.
+pub(super) enum End {
+    /// The client hung up.
+    Closed,
+    /// It said goodbye.
+    Aborted,
+    /// It broke the protocol in a way that cannot be answered.
+    Violation(&'static str),
+    /// It asked by `EXPORT_NAME` for what it does not get, which can only be answered by hanging up.
+    Refused(&'static str),
+    /// The socket failed.
+    Io(io::Error),
+}
+
+impl From<io::Error> for End {
+    fn from(e: io::Error) -> Self {
+        End::Io(e)
+    }
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            End::Closed => f.write_str("the client hung up"),
+            End::Aborted => f.write_str("the client said goodbye"),
+            End::Violation(what) => write!(f, "protocol violation: {what}"),
+            End::Refused(why) => write!(f, "export refused: {why}"),
+            End::Io(e) => write!(f, "socket: {e}"),
+        }
+    }
+}
+
+/// Greets the client and haggles until it has chosen an export; then `seat` is claimed and the last reply is sent.
+pub(super) async fn negotiate<D: Device>(
+    inbox: &mut Inbox,
+    exports: &dyn Exports<D>,
+    seat: &Seat,
+) -> Result<Negotiated<D>, End> {
+    send(inbox, greeting().into()).await?;
+    let flags = receive::<4>(inbox).await?;
+    let flags = ClientFlags::decode(flags).ok_or(End::Violation("unknown client flags"))?;
+    let mut haggling = Haggling {
+        flags,
+        structured: false,
+        allocation_for: None,
+    };
+    for _ in 0..NBD_OPTIONS_MAX {
+        let header = OptionHeader::decode(&receive(inbox).await?);
+        let header = header.ok_or(End::Violation("not an option"))?;
+        if !flags.fixed_newstyle && header.code != OptionCode::EXPORT_NAME {
+            return Err(End::Violation("options without fixed newstyle"));
+        }
+        if let Some(negotiated) = haggling.option(inbox, header, exports, seat).await? {
+            return Ok(negotiated);
+        }
+    }
+    Err(End::Violation("too many options"))
+}
+
+/// What the options so far have agreed.
+struct Haggling {
+    flags: ClientFlags,
+    structured: bool,
+    /// The export that `base:allocation` was chosen for.
+    allocation_for: Option<String>,
+}
+
+impl Haggling {
+    async fn option<D: Device>(
+        &mut self,
+        inbox: &mut Inbox,
+        header: OptionHeader,
+        exports: &dyn Exports<D>,
+        seat: &Seat,
+    ) -> Result<Option<Negotiated<D>>, End> {
+        let OptionHeader { code, len } = header;
+        let replies = OptionReplies::to(code);
+        if len > NBD_OPTION_BYTES_MAX {
+            if code == OptionCode::EXPORT_NAME || len > SKIP_BYTES_MAX {
+                return Err(End::Violation("an option is too long to skip"));
+            }
+            if !inbox.skip(len as usize).await? {
+                return Err(End::Closed);
+            }
+            let refused = replies.error(OptionError::TooBig, "the option is longer than 16 KiB");
+            send(inbox, refused.into_bytes()).await?;
+            return Ok(None);
+        }
+        if !inbox.fill(len as usize).await? {
+            return Err(End::Closed);
+        }
+        let option = ClientOption::decode(code, &inbox.bytes()[..len as usize]);
+        inbox.consume(len as usize);
+
+        if seat.draining() && code != OptionCode::ABORT {
+            if code == OptionCode::EXPORT_NAME {
+                return Err(End::Refused("shutting down"));
+            }
+            let refused = replies.error(OptionError::Shutdown, "the server is shutting down");
+            send(inbox, refused.into_bytes()).await?;
+            return Ok(None);
+        }
+        let replies = match option {
+            Err(_) if code == OptionCode::EXPORT_NAME => return Err(End::Refused("a malformed name")),
+            Err(why) => replies.error(OptionError::Invalid, why),
+            Ok(ClientOption::ExportName(name)) => {
+                let export = find(exports, &name).ok_or(End::Refused("no such export"))?;
+                if !seat.claim() {
+                    return Err(End::Refused("too many connections"));
+                }
+                let size_bytes = export.volume.size_bytes();
+                let flags = self.export_flags(&export);
+                let reply = export_name_reply(size_bytes, flags, self.flags.no_zeroes);
+                send(inbox, reply).await?;
+                return Ok(Some(self.agreed(export)));
+            }
+            Ok(ClientOption::Abort) => {
+                // The client may not wait for it.
+                let _ = send(inbox, replies.ack().into_bytes()).await;
+                return Err(End::Aborted);
+            }
+            Ok(ClientOption::List) => {
+                let list = exports.list();
+                let listed = list.iter().fold(replies, |replies, (name, description)| {
+                    replies.server(name, description)
+                });
+                listed.ack()
+            }
+            Ok(ClientOption::Info(query)) => match find(exports, &query.name) {
+                Some(export) => self.describe(replies, &query, &export).ack(),
+                None => replies.error(OptionError::Unknown, NO_SUCH_EXPORT),
+            },
+            Ok(ClientOption::Go(query)) => match find(exports, &query.name) {
+                Some(_) if !seat.claim() => replies.error(
+                    OptionError::Policy,
+                    "the attachment has all the connections it may have",
+                ),
+                Some(export) => {
+                    let replies = self.describe(replies, &query, &export).ack();
+                    send(inbox, replies.into_bytes()).await?;
+                    return Ok(Some(self.agreed(export)));
+                }
+                None => replies.error(OptionError::Unknown, NO_SUCH_EXPORT),
+            },
+            Ok(ClientOption::StructuredReply) => {
+                self.structured = true;
+                replies.ack()
+            }
+            Ok(ClientOption::ListMetaContext(query)) => self.list_contexts(replies, &query, exports),
+            Ok(ClientOption::SetMetaContext(query)) => self.set_contexts(replies, &query, exports),
+            Ok(ClientOption::StartTls) => {
+                replies.error(OptionError::Policy, "this socket is not served over TLS")
+            }
+            Ok(ClientOption::ExtendedHeaders | ClientOption::Unknown) => {
+                replies.error(OptionError::Unsupported, "this server does not know the option")
+            }
+        };
+        send(inbox, replies.into_bytes()).await?;
+        Ok(None)
+    }
+
+    fn export_flags<D>(&self, export: &Export<D>) -> ExportFlags {
+        ExportFlags::new(export.read_only, self.structured)
+    }
+
+    fn describe<D: Device>(
+        &self,
+        replies: OptionReplies,
+        query: &ExportQuery,
+        export: &Export<D>,
+    ) -> OptionReplies {
+        let flags = self.export_flags(export);
+        let mut replies = replies.info_export(export.volume.size_bytes(), flags);
+        if query.wants_name {
+            replies = replies.info_name(&export.name);
+        }
+        if query.wants_description {
+            replies = replies.info_description(&export.description);
+        }
+        if query.wants_block_size {
+            replies = replies.info_block_size(1, BLOCK_SIZE as u32, NBD_PAYLOAD_MAX);
+        }
+        replies
+    }
+
+    fn list_contexts<D>(
+        &self,
+        replies: OptionReplies,
+        query: &ContextQuery,
+        exports: &dyn Exports<D>,
+    ) -> OptionReplies {
+        if !self.structured {
+            return replies.error(OptionError::Invalid, "negotiate structured replies first");
+        }
+        if find(exports, &query.export).is_none() {
+            return replies.error(OptionError::Unknown, NO_SUCH_EXPORT);
+        }
+        if query.without_queries || query.allocation || query.base_wildcard {
+            replies.meta_context(0, ALLOCATION_CONTEXT).ack()
+        } else {
+            replies.ack()
+        }
+    }
+
+    fn set_contexts<D>(
+        &mut self,
+        replies: OptionReplies,
+        query: &ContextQuery,
+        exports: &dyn Exports<D>,
+    ) -> OptionReplies {
+        // Whatever comes of it, what was chosen before is gone.
+        self.allocation_for = None;
+        if !self.structured {
+            return replies.error(OptionError::Invalid, "negotiate structured replies first");
+        }
+        let Some(export) = find(exports, &query.export) else {
+            return replies.error(OptionError::Unknown, NO_SUCH_EXPORT);
+        };
+        if query.allocation {
+            self.allocation_for = Some(export.name);
+            let chosen = replies.meta_context(ALLOCATION_CONTEXT_ID, ALLOCATION_CONTEXT);
+            chosen.ack()
+        } else {
+            replies.ack()
+        }
+    }
+
+    /// Contexts chosen for another export do not count.
+    fn agreed<D>(&self, export: Export<D>) -> Negotiated<D> {
+        Negotiated {
+            structured: self.structured,
+            allocation_context: self.allocation_for.as_ref() == Some(&export.name),
+            export,
+        }
+    }
+}
+
+/// The same words for an export that is missing and for one that is somebody else's.
+const NO_SUCH_EXPORT: &str = "no export of that name here; ask for the list";
+
+/// The empty name is the default export: the only one there is, if there is only one.
+fn find<D>(exports: &dyn Exports<D>, name: &str) -> Option<Export<D>> {
+    if let Some(export) = exports.find(name) {
+        return Some(export);
+    }
+    match exports.list().as_slice() {
+        [(only, _)] if name.is_empty() => exports.find(only),
+        _ => None,
+    }
+}
+
+async fn receive<const N: usize>(inbox: &mut Inbox) -> Result<[u8; N], End> {
+    if !inbox.fill(N).await? {
+        return Err(End::Closed);
+    }
+    let bytes = *inbox.bytes().first_chunk::<N>().expect("filled");
+    inbox.consume(N);
+    Ok(bytes)
+}
+
+async fn send(inbox: &Inbox, bytes: Box<[u8]>) -> io::Result<()> {
+    inbox.stream().send(vec![SendPart::Bytes(bytes)]).await
+}
+
+const _: () = assert!(HEADER_BYTES + NBD_OPTION_BYTES_MAX as usize <= INBOX_BYTES);

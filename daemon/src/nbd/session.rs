@@ -1,0 +1,210 @@
+//! All connections of one attachment.
+//!
+//! Invariants: at most [`NBD_CONNECTIONS_PER_ATTACHMENT`] transmit at once; after [`Sessions::end_all`] has begun
+//! nothing new starts, and when it returns nothing runs (I3); while a connection that has gone still has requests
+//! running, none of the others starts a request, so no write of a lost connection lands after a newer one that was
+//! acknowledged. Kept by [`Seat`]: every connection holds one from before its first byte until its last request
+//! has ended.
+
+use std::cell::{Cell, RefCell};
+use std::rc::{Rc, Weak};
+use std::time::Duration;
+
+use slab::Slab;
+
+use libvol::limits::NBD_CONNECTIONS_PER_ATTACHMENT;
+use libvol::runtime::{net::Stream, sync::Notify, timeout};
+
+/// Sockets of one attachment, those in the handshake included: as many again may be negotiating.
+const SOCKETS_MAX: usize = 2 * NBD_CONNECTIONS_PER_ATTACHMENT;
+
+/// See the module's text.
+pub(crate) struct Sessions {
+    phase: Cell<Phase>,
+    members: RefCell<Slab<Entry>>,
+    transmitting: Cell<usize>,
+    /// Connections that have gone and still have requests running.
+    leaving: Cell<usize>,
+    changed: Notify,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Open,
+    /// Requests are answered with ESHUTDOWN.
+    Draining,
+    /// Connections are refused.
+    Ended,
+}
+
+struct Entry {
+    stream: Stream,
+    /// Once it transmits.
+    member: Option<Weak<dyn Member>>,
+}
+
+/// A transmitting connection, as its siblings see it.
+pub(super) trait Member {
+    /// Ends the conversation: nothing more is received, started or sent.
+    fn cut(&self);
+    /// Starts what had to wait for a sibling.
+    fn resume(self: Rc<Self>);
+    /// Whether every request has been answered and its reply sent.
+    fn is_idle(&self) -> bool;
+}
+
+impl Sessions {
+    /// No connections, and open for them.
+    pub(crate) fn new() -> Rc<Self> {
+        Rc::new(Self {
+            phase: Cell::new(Phase::Open),
+            members: RefCell::default(),
+            transmitting: Cell::new(0),
+            leaving: Cell::new(0),
+            changed: Notify::default(),
+        })
+    }
+
+    /// Connections that are past their handshake and whose last request has not ended.
+    pub(crate) fn connections(&self) -> usize {
+        self.transmitting.get()
+    }
+
+    /// Connections that have gone and still have requests running.
+    #[cfg(test)]
+    pub(super) fn leaving_connections(&self) -> usize {
+        self.leaving.get()
+    }
+
+    /// Answers new requests with ESHUTDOWN and waits until every earlier one has been answered, at most `at_most`.
+    /// Connections stay open, so that clients can say goodbye; follow with [`Sessions::end_all`].
+    pub(crate) async fn drain(&self, at_most: Duration) {
+        if self.phase.get() == Phase::Open {
+            self.phase.set(Phase::Draining);
+        }
+        let idle = self.changed.until(|| {
+            let members = self.members();
+            members.iter().all(|member| member.is_idle()).then_some(())
+        });
+        if timeout(at_most, idle).await.is_none() {
+            tracing::info!("nbd: requests still running after {at_most:?} of draining");
+        }
+    }
+
+    /// Refuses new connections, shuts all sockets down, drops requests that have not started, and waits until every
+    /// request in flight has ended.
+    pub(crate) async fn end_all(&self) {
+        self.phase.set(Phase::Ended);
+        for member in self.members() {
+            member.cut();
+        }
+        for (_, entry) in &*self.members.borrow() {
+            entry.stream.shutdown();
+        }
+        self.changed
+            .until(|| self.members.borrow().is_empty().then_some(()))
+            .await;
+    }
+
+    /// A place for a new connection; `None` when there is none, or the attachment ends.
+    pub(super) fn enter(self: &Rc<Self>, stream: &Stream) -> Option<Seat> {
+        let mut members = self.members.borrow_mut();
+        if self.phase.get() == Phase::Ended || members.len() >= SOCKETS_MAX {
+            return None;
+        }
+        let key = members.insert(Entry {
+            stream: stream.clone(),
+            member: None,
+        });
+        Some(Seat {
+            sessions: self.clone(),
+            key,
+            transmits: Cell::new(false),
+            leaves: Cell::new(false),
+        })
+    }
+
+    fn members(&self) -> Vec<Rc<dyn Member>> {
+        let members = self.members.borrow();
+        let present = members.iter().filter_map(|(_, entry)| entry.member.as_ref());
+        present.filter_map(Weak::upgrade).collect()
+    }
+}
+
+/// One connection's place among its siblings, given back on drop.
+pub(super) struct Seat {
+    sessions: Rc<Sessions>,
+    key: usize,
+    transmits: Cell<bool>,
+    leaves: Cell<bool>,
+}
+
+impl Seat {
+    /// Claims one of the attachment's connections. `false` when all are taken.
+    pub(super) fn claim(&self) -> bool {
+        assert!(!self.transmits.get(), "claimed once");
+        let transmitting = self.sessions.transmitting.get();
+        if transmitting >= NBD_CONNECTIONS_PER_ATTACHMENT {
+            return false;
+        }
+        self.sessions.transmitting.set(transmitting + 1);
+        self.transmits.set(true);
+        true
+    }
+
+    /// Makes the connection known to its siblings.
+    pub(super) fn introduce(&self, member: Weak<dyn Member>) {
+        self.sessions.members.borrow_mut()[self.key].member = Some(member);
+    }
+
+    /// Whether requests get ESHUTDOWN.
+    pub(super) fn draining(&self) -> bool {
+        self.sessions.phase.get() != Phase::Open
+    }
+
+    /// Whether a request may start: the attachment lives, and no sibling that has gone still has one running.
+    pub(super) fn may_start(&self) -> bool {
+        let alone = self.sessions.leaving.get() == 0 || self.leaves.get();
+        alone && self.sessions.phase.get() != Phase::Ended
+    }
+
+    /// The client has gone and requests are still running.
+    pub(super) fn leave(&self) {
+        if !self.leaves.replace(true) {
+            self.sessions.leaving.set(self.sessions.leaving.get() + 1);
+        }
+    }
+
+    /// They have ended.
+    pub(super) fn left(&self) {
+        if self.leaves.replace(false) {
+            self.sessions.leaving.set(self.sessions.leaving.get() - 1);
+            if self.sessions.leaving.get() == 0 {
+                for member in self.sessions.members() {
+                    member.resume();
+                }
+            }
+        }
+    }
+
+    /// Something that [`Sessions::drain`] waits for may have happened.
+    pub(super) fn note_progress(&self) {
+        if self.sessions.phase.get() == Phase::Draining {
+            self.sessions.changed.notify_all();
+        }
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.left();
+        if self.transmits.get() {
+            self.sessions
+                .transmitting
+                .set(self.sessions.transmitting.get() - 1);
+        }
+        let entry = self.sessions.members.borrow_mut().remove(self.key);
+        drop(entry);
+        self.sessions.changed.notify_all();
+    }
+}

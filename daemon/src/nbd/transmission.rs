@@ -1,0 +1,525 @@
+//! Serves the requests of one connection.
+//!
+//! ```text
+//! socket → inbox → Header → check → Request ─┬→ task at the device → outbox → one sender → socket
+//!                                   refused ─┴──────────────────────↗
+//! ```
+//!
+//! One reader parses everything that one receive brought; each request runs as a task of its own; replies gather
+//! while tasks run and leave in one message. Invariants: the stream stays in step after every refusal; a failed
+//! request never drops the connection; a request's place in the window is held until its reply has been sent;
+//! [`Window::device_cap`] requests at most are at the device, the others wait in order; once the connection is cut,
+//! nothing that waits starts, and what runs, runs to its end.
+//!
+//! A flush needs no special order: it covers writes that were replied to before it came, and those are complete.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::task::{Poll, Waker};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use libvol::crypto::seal::PlainBuf;
+use libvol::error::{Error, Kind, Result};
+use libvol::limits::{BLOCK_SIZE, NBD_PAYLOAD_MAX};
+use libvol::runtime::{SendPart, net::Stream, spawn, timeout};
+use libvol::volume::{BlockKind, PlainPart};
+
+use super::device::Device;
+use super::handshake::Negotiated;
+use super::inbox::Inbox;
+use super::outbox::Outbox;
+use super::proto::WireError;
+use super::proto::option::ALLOCATION_CONTEXT_ID;
+use super::proto::reply::{self, BLOCK_STATUS_RUNS_MAX};
+use super::proto::request::{Cookie, HEADER_BYTES, Header, Request, Rules};
+use super::session::{Member, Seat};
+use super::window::{DepthPolicy, Window};
+
+/// Small requests are received this many bytes at a time: 64 writes of 4 KiB.
+const INBOX_BYTES: usize = 256 << 10;
+/// After a write at least this long the next receive takes a header only, so that the payload after it can be
+/// received where it is going to be sealed. Below, copying is cheaper than a system call more.
+const BULK_BYTES: u32 = 64 << 10;
+/// A client that has said goodbye gets this long to take its last replies.
+const FAREWELL: Duration = Duration::from_secs(10);
+
+/// Serves until the client leaves or is cut off, then until the last of its requests has ended.
+pub(super) async fn run<D: Device>(mut inbox: Inbox, negotiated: Negotiated<D>, seat: Seat) {
+    let Negotiated {
+        export,
+        structured,
+        allocation_context,
+    } = negotiated;
+    let connection = Rc::new(Connection {
+        stream: inbox.stream().clone(),
+        device: export.volume,
+        name: export.name,
+        read_only: export.read_only,
+        structured,
+        allocation_context,
+        window: Window::new(DepthPolicy::of_process()),
+        outbox: Outbox::default(),
+        waiting: RefCell::default(),
+        running: Cell::new(0),
+        receiving: Cell::new(true),
+        cut: Cell::new(false),
+        ended: RefCell::default(),
+        failures: Cell::new(0),
+        seat,
+    });
+    // Whichever way this future ends, a connection without a reader starts nothing more.
+    let cut_on_drop = CutOnDrop(connection.clone());
+    let member: Rc<dyn Member> = connection.clone();
+    connection.seat.introduce(Rc::downgrade(&member));
+    drop(member);
+
+    inbox.resize(INBOX_BYTES);
+    let sender = spawn(send_replies(connection.clone()));
+    let end = connection.receive_requests(&mut inbox).await;
+    drop(inbox);
+    tracing::debug!(export = connection.name, "nbd: transmission ended: {end:?}");
+    connection.stop_receiving();
+    if end == End::Goodbye && timeout(FAREWELL, sender).await.is_none() {
+        tracing::debug!(
+            export = connection.name,
+            "nbd: the client did not take its last replies"
+        );
+    }
+    drop(cut_on_drop);
+    connection.all_ended().await;
+}
+
+/// How a transmission ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// The client said so.
+    Goodbye,
+    /// It hung up, or was cut off.
+    Lost,
+    /// Its bytes cannot be followed.
+    Violation(&'static str),
+}
+
+struct Connection<D> {
+    stream: Stream,
+    device: D,
+    name: String,
+    read_only: bool,
+    structured: bool,
+    allocation_context: bool,
+    window: Window,
+    outbox: Outbox,
+    /// Accepted requests that have not started.
+    waiting: RefCell<VecDeque<Job>>,
+    /// Requests at the device.
+    running: Cell<usize>,
+    receiving: Cell<bool>,
+    cut: Cell<bool>,
+    ended: RefCell<Option<Waker>>,
+    failures: Cell<u64>,
+    seat: Seat,
+}
+
+/// An accepted request with what it needs.
+struct Job {
+    cookie: Cookie,
+    cost_bytes: usize,
+    request: Request,
+    payload: Option<PlainBuf>,
+}
+
+struct CutOnDrop<D: Device>(Rc<Connection<D>>);
+
+impl<D: Device> Drop for CutOnDrop<D> {
+    fn drop(&mut self) {
+        self.0.cut();
+    }
+}
+
+impl<D: Device> Connection<D> {
+    /// The reader.
+    async fn receive_requests(self: &Rc<Self>, inbox: &mut Inbox) -> End {
+        let mut bulk = false;
+        loop {
+            let Some(bytes) = inbox.bytes().first_chunk::<HEADER_BYTES>() else {
+                let at_most = if bulk {
+                    HEADER_BYTES - inbox.bytes().len()
+                } else {
+                    usize::MAX
+                };
+                match inbox.receive(at_most).await {
+                    Ok(true) if !self.cut.get() => continue,
+                    _ => return End::Lost,
+                }
+            };
+            let Some(header) = Header::decode(bytes) else {
+                return End::Violation("not a request");
+            };
+            inbox.consume(HEADER_BYTES);
+            if header.is_disconnect() {
+                return End::Goodbye;
+            }
+            if header.payload_len() > NBD_PAYLOAD_MAX {
+                return End::Violation("a payload of more than 32 MiB");
+            }
+            if let Err(end) = self.make_room(header.cost_bytes()).await {
+                return end;
+            }
+            if let Err(end) = self.receive_request(inbox, header).await {
+                return end;
+            }
+            bulk = header.payload_len() >= BULK_BYTES;
+        }
+    }
+
+    async fn receive_request(self: &Rc<Self>, inbox: &mut Inbox, header: Header) -> Result<(), End> {
+        let (cookie, cost_bytes) = (header.cookie, header.cost_bytes());
+        let payload_len = header.payload_len() as usize;
+        self.window.enter(cost_bytes);
+        match header.check(&self.rules()) {
+            Err(refusal) => {
+                if !inbox.skip(payload_len).await.unwrap_or(false) {
+                    return Err(End::Lost);
+                }
+                self.reply_error(cookie, refusal.error, &refusal.text, cost_bytes);
+            }
+            Ok(request) if request.is_trivial() => self.reply_success(cookie, header.is_read(), cost_bytes),
+            Ok(request) => {
+                let payload = if payload_len == 0 {
+                    None
+                } else {
+                    // Whole blocks, so that a sub-block write can be completed in place.
+                    let buf = self.device.pool().get(payload_len.next_multiple_of(BLOCK_SIZE));
+                    match inbox.receive_into(buf, payload_len).await {
+                        Ok(Some(buf)) => Some(PlainBuf(buf)),
+                        Ok(None) | Err(_) => return Err(End::Lost),
+                    }
+                };
+                self.admit(Job {
+                    cookie,
+                    cost_bytes,
+                    request,
+                    payload,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn rules(&self) -> Rules {
+        Rules {
+            size_bytes: self.device.size_bytes(),
+            read_only: self.read_only,
+            structured: self.structured,
+            allocation_context: self.allocation_context,
+            draining: self.seat.draining(),
+        }
+    }
+
+    /// Back-pressure: while the window is full nothing is received.
+    async fn make_room(&self, cost_bytes: usize) -> Result<(), End> {
+        if !self.window.has_room(cost_bytes) {
+            self.window.room(cost_bytes).await;
+            // What the client sent may have lain in the socket for long. If it has hung up meanwhile, it may have
+            // sent newer writes over another connection, and these are too late.
+            if has_hung_up(&self.stream) {
+                return Err(End::Lost);
+            }
+        }
+        if self.cut.get() { Err(End::Lost) } else { Ok(()) }
+    }
+
+    /// Starts the request now or when its turn comes.
+    fn admit(self: &Rc<Self>, job: Job) {
+        if self.cut.get() {
+            return;
+        }
+        self.waiting.borrow_mut().push_back(job);
+        self.start_waiting();
+    }
+
+    fn start_waiting(self: &Rc<Self>) {
+        let cap = self.window.device_cap();
+        while self.running.get() < cap && self.seat.may_start() {
+            let Some(job) = self.waiting.borrow_mut().pop_front() else {
+                break;
+            };
+            self.running.set(self.running.get() + 1);
+            spawn(serve_request(self.clone(), job)).detach();
+        }
+    }
+
+    /// A request has left the device.
+    fn finished(self: &Rc<Self>) {
+        self.running.set(self.running.get() - 1);
+        self.start_waiting();
+        self.settle();
+    }
+
+    /// The client has gone, or has nothing more to ask.
+    fn stop_receiving(&self) {
+        if self.receiving.replace(false) {
+            self.seat.leave();
+        }
+        self.settle();
+    }
+
+    /// What happens when the reader has ended and no request is left.
+    fn settle(&self) {
+        if self.running.get() > 0 || !self.waiting.borrow().is_empty() {
+            return;
+        }
+        if !self.receiving.get() {
+            self.outbox.close();
+            self.seat.left();
+        }
+        let waker = self.ended.borrow_mut().take();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    async fn all_ended(&self) {
+        poll_fn(|cx| {
+            if self.running.get() == 0 {
+                return Poll::Ready(());
+            }
+            *self.ended.borrow_mut() = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+
+    async fn perform(&self, job: Job) {
+        let Job {
+            cookie,
+            cost_bytes,
+            request,
+            payload,
+        } = job;
+        let done = match request {
+            Request::Read {
+                offset,
+                len,
+                unfragmented,
+            } => match self.device.read(offset, len).await {
+                Ok(parts) => return self.reply_data(cookie, offset, len, unfragmented, parts, cost_bytes),
+                Err(e) => Err(e),
+            },
+            Request::Write { offset, len, fua } => {
+                let payload = payload.expect("received with its request");
+                self.device.write(offset, payload, len, fua).await
+            }
+            Request::Flush => self.device.flush().await,
+            Request::Trim { offset, len, fua } => self.device.trim(offset, len.into(), fua).await,
+            Request::WriteZeroes {
+                offset,
+                len,
+                fua,
+                no_hole,
+            } => {
+                let done = self.device.write_zeroes(offset, len.into(), fua, no_hole);
+                done.await
+            }
+            Request::BlockStatus { offset, len, one } => {
+                let max_runs = if one { 1 } else { BLOCK_STATUS_RUNS_MAX };
+                match self.device.block_status(offset, len.into(), max_runs).await {
+                    Ok(runs) => return self.reply_block_status(cookie, len, max_runs, runs, cost_bytes),
+                    Err(e) => Err(e),
+                }
+            }
+            Request::Cache => Ok(()),
+        };
+        match done {
+            Ok(()) => self.reply_success(cookie, false, cost_bytes),
+            Err(e) => {
+                let error = self.log_failure(&request, &e);
+                self.reply_error(cookie, error, error.public_text(), cost_bytes);
+            }
+        }
+    }
+
+    /// Logs the 1st, 2nd, 4th, 8th … failure of the connection: a client cannot flood the log.
+    fn log_failure(&self, request: &Request, e: &Error) -> WireError {
+        let failures = self.failures.get() + 1;
+        self.failures.set(failures);
+        if failures.is_power_of_two() {
+            tracing::warn!(
+                export = self.name,
+                failures,
+                "nbd: {} failed: {e}",
+                request.name()
+            );
+        }
+        if e.kind() == Kind::Unavailable && self.seat.draining() {
+            return WireError::Shutdown;
+        }
+        WireError::of(e.kind())
+    }
+
+    /// Success without data. Only reads need a structured reply; the simple one is shorter for all others.
+    fn reply_success(&self, cookie: Cookie, is_read: bool, cost_bytes: usize) {
+        let mut out = self.outbox.reply(cost_bytes);
+        if is_read && self.structured {
+            out.header(&reply::none(cookie));
+        } else {
+            out.header(&reply::simple(cookie, None));
+        }
+    }
+
+    fn reply_error(&self, cookie: Cookie, error: WireError, text: &str, cost_bytes: usize) {
+        let mut out = self.outbox.reply(cost_bytes);
+        if self.structured {
+            out.part(SendPart::Bytes(reply::error(cookie, error, text)));
+        } else {
+            out.header(&reply::simple(cookie, Some(error)));
+        }
+    }
+
+    fn reply_data(
+        &self,
+        cookie: Cookie,
+        offset: u64,
+        len: u32,
+        unfragmented: bool,
+        parts: Vec<PlainPart>,
+        cost_bytes: usize,
+    ) {
+        let total: usize = parts.iter().map(part_len).sum();
+        assert_eq!(total, len as usize, "a volume reads what it was asked for");
+        let mut out = self.outbox.reply(cost_bytes);
+        if !self.structured {
+            out.header(&reply::simple(cookie, None));
+            parts.into_iter().for_each(|part| out.part(send_part(part)));
+            return;
+        }
+        let whole = unfragmented && !parts.iter().all(is_zeros);
+        if whole {
+            out.header(&reply::offset_data(cookie, offset, len, true));
+            parts.into_iter().for_each(|part| out.part(send_part(part)));
+            return;
+        }
+        // Neighbours of one kind make one chunk.
+        let end = offset + u64::from(len);
+        let mut at = offset;
+        let mut parts = parts.into_iter();
+        while let Some(first) = parts.as_slice().first() {
+            let zeros = is_zeros(first);
+            let alike = parts.as_slice().iter().take_while(|part| is_zeros(part) == zeros);
+            let (count, run) = alike.fold((0, 0), |(count, run), part| (count + 1, run + part_len(part)));
+            let run = run as u32;
+            let chunk_at = at;
+            at += u64::from(run);
+            let done = at == end;
+            let mut alike = parts.by_ref().take(count);
+            if zeros {
+                alike.for_each(drop);
+                out.header(&reply::offset_hole(cookie, chunk_at, run, done));
+            } else {
+                out.header(&reply::offset_data(cookie, chunk_at, run, done));
+                alike.by_ref().for_each(|part| out.part(send_part(part)));
+            }
+        }
+    }
+
+    fn reply_block_status(
+        &self,
+        cookie: Cookie,
+        len: u32,
+        max_runs: usize,
+        runs: Vec<(u64, BlockKind)>,
+        cost_bytes: usize,
+    ) {
+        let total: u64 = runs.iter().map(|(run, _)| run).sum();
+        assert!(
+            !runs.is_empty() && runs.len() <= max_runs && total <= u64::from(len),
+            "a volume describes what it was asked for"
+        );
+        let runs: Vec<_> = runs.into_iter().map(|(run, kind)| (run as u32, kind)).collect();
+        let chunk = reply::block_status(cookie, ALLOCATION_CONTEXT_ID, &runs);
+        self.outbox.reply(cost_bytes).part(SendPart::Bytes(chunk));
+    }
+}
+
+impl<D: Device> Member for Connection<D> {
+    fn cut(&self) {
+        if self.cut.replace(true) {
+            return;
+        }
+        let dropped = self.waiting.take();
+        drop(dropped);
+        self.window.close();
+        self.outbox.discard();
+        self.stream.shutdown();
+        self.stop_receiving();
+    }
+
+    fn resume(self: Rc<Self>) {
+        self.start_waiting();
+    }
+
+    fn is_idle(&self) -> bool {
+        self.window.requests() == 0 || self.cut.get()
+    }
+}
+
+async fn serve_request<D: Device>(connection: Rc<Connection<D>>, job: Job) {
+    // Cut between spawn and now: it has not started.
+    if !connection.cut.get() {
+        connection.perform(job).await;
+    }
+    connection.finished();
+}
+
+/// The sender.
+async fn send_replies<D: Device>(connection: Rc<Connection<D>>) {
+    while let Some(parts) = connection.outbox.next_batch().await {
+        let count = parts.len();
+        if let Err(e) = connection.stream.send(parts).await {
+            tracing::debug!(export = connection.name, "nbd: replies cannot be sent: {e}");
+            connection.cut();
+            return;
+        }
+        if connection.cut.get() {
+            return;
+        }
+        let sent = connection.outbox.sent(count);
+        connection.window.release(sent.replies, sent.cost_bytes);
+        connection.seat.note_progress();
+    }
+}
+
+fn has_hung_up(stream: &Stream) -> bool {
+    let mut fds = [PollFd::new(stream.socket(), PollFlags::RDHUP)];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // A poll that fails tells nothing; the next receive will.
+    poll(&mut fds, Some(&now)).is_ok()
+        && fds[0]
+            .revents()
+            .intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR)
+}
+
+fn is_zeros(part: &PlainPart) -> bool {
+    matches!(part, PlainPart::Zeros(_))
+}
+
+fn part_len(part: &PlainPart) -> usize {
+    match part {
+        PlainPart::Data(_, range) => range.len(),
+        PlainPart::Zeros(len) => *len,
+    }
+}
+
+fn send_part(part: PlainPart) -> SendPart {
+    match part {
+        PlainPart::Data(PlainBuf(buf), range) => SendPart::Buf { buf, range },
+        PlainPart::Zeros(len) => SendPart::Zeros(len),
+    }
+}

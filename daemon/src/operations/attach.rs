@@ -1,0 +1,419 @@
+//! Attachments: a volume given to a VM.
+//!
+//! Attach: policy → volume open (nobody can reach it yet) → record with the next attachment epoch durable → socket and
+//! door → answered. A crash after the record: the next start opens the door; before it: there is nothing to undo.
+//!
+//! Detach: record gone and the next epoch durable → no new session → sessions ended and their requests out of flight
+//! (I3) → volume closed → socket removed → answered. A crash after the record: there is no door at the next start.
+
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use libvol::catalog::{AttachmentRecord, CustomerRecord, VmRecord, VolumeRecord};
+use libvol::control::{self, Protocol};
+use libvol::ids::{AttachmentId, Epoch, VolumePath};
+use libvol::limits::ATTACHMENTS_PER_VM;
+use libvol::tenant::{self, AttachFacts, AttachVerdict, AttachmentFacts};
+use libvol::{Error, Kind, Result};
+
+use super::volume::holder;
+use super::{Operations, vm_named, volume_named};
+use crate::data_dir::make_dir;
+use crate::process::{own_uid, path_error};
+use crate::shard::DoorSpec;
+
+/// Seconds QEMU holds a guest's requests while vold restarts.
+const QEMU_RECONNECT_SECONDS: u32 = 60;
+
+impl Operations {
+    /// Gives a volume to a VM; attaching again to the same VM gives the same attachment.
+    ///
+    /// # Errors
+    /// `NotFound`, `Refused` (a VM of another customer), `Busy` (another VM of the customer has it), `Unavailable`, `Io`.
+    pub(crate) async fn attach(&self, request: control::Attach) -> Result<control::Attachment> {
+        let path = &request.volume;
+        if request.via == Protocol::VhostUser {
+            return Err(Error::unsupported(
+                "vhost-user is not in this build of vold; attach with --via nbd",
+            ));
+        }
+        let id = self.look(|view| volume_named(view, path))?.id;
+        let _lock = self.volume_locks.lock(id).await;
+        let volume = self.ready_volume(path)?;
+        let (vm, held) = self.look(|view| Ok((vm_named(view, &request.vm)?, holder(view, volume.id)?)))?;
+        let attachments = self.look(|view| view.all::<AttachmentRecord>())?;
+        let facts = AttachFacts {
+            volume_customer: volume.customer,
+            vm_customer: vm.customer,
+            vm: vm.id,
+            attached_to: held.as_ref().map(|(_, vm)| vm.id),
+            vm_attachments: attachments.iter().filter(|a| a.vm == vm.id).count(),
+            vm_attachments_max: ATTACHMENTS_PER_VM,
+        };
+        match (tenant::may_attach(&facts), held) {
+            (AttachVerdict::Foreign, _) => Err(Error::refused(format!(
+                "VM {:?} is not of customer {:?}, whose volume {path} is; a volume goes only to its own customer's VMs",
+                vm.name.as_str(),
+                path.customer.as_str()
+            ))),
+            (AttachVerdict::HeldBy(_), Some((_, holder))) => Err(Error::busy(format!(
+                "volume {path} is attached to VM {:?}; detach it first: volctl detach {path} --vm {}",
+                holder.name.as_str(),
+                holder.name
+            ))),
+            (AttachVerdict::Full, _) => Err(Error::no_space(format!(
+                "VM {:?} has {ATTACHMENTS_PER_VM} volumes, the most one may have",
+                vm.name.as_str()
+            ))),
+            (AttachVerdict::Same, Some((attachment, _))) => {
+                if attachment.read_only != request.read_only || attachment.protocol != request.via {
+                    return Err(Error::busy(format!(
+                        "volume {path} is attached to VM {:?} {}; detach it first to change that",
+                        vm.name.as_str(),
+                        if attachment.read_only {
+                            "read-only"
+                        } else {
+                            "read-write"
+                        }
+                    )));
+                }
+                self.serve(&volume, &attachment, &vm).await?;
+                self.attachment_shown(attachment, volume.path, vm).await
+            }
+            (AttachVerdict::Attach, None) => self.attach_anew(volume, vm, &request).await,
+            (verdict, held) => Err(Error::internal(format!("{verdict:?} with {}", held.is_some()))),
+        }
+    }
+
+    async fn attach_anew(
+        &self,
+        volume: VolumeRecord,
+        vm: VmRecord,
+        request: &control::Attach,
+    ) -> Result<control::Attachment> {
+        let id = AttachmentId::random();
+        warn_if_unreachable(&self.dirs.attachment_socket(self.installation(), id)?, &vm);
+        self.open_volume(&volume).await?;
+        let recorded = self.change(|tx| {
+            let mut volume = volume_named(tx, &volume.path)?;
+            volume.attachment_epoch = Epoch(volume.attachment_epoch.0 + 1);
+            let attachment = AttachmentRecord {
+                id,
+                volume: volume.id,
+                vm: vm.id,
+                customer: vm.customer,
+                epoch: volume.attachment_epoch,
+                protocol: request.via,
+                read_only: request.read_only,
+            };
+            // The VM may have been removed since it was looked up; its record is part of this transaction's view.
+            if tx.get::<VmRecord>(vm.id)?.is_none() {
+                return Err(Error::not_found(format!(
+                    "VM {:?} was removed meanwhile",
+                    vm.name.as_str()
+                )));
+            }
+            tx.update(&volume)?;
+            tx.insert(&attachment)?;
+            Ok(attachment)
+        });
+        let attachment = match recorded {
+            Ok(attachment) => attachment,
+            Err(e) => {
+                self.close_volume(&volume).await;
+                return Err(e);
+            }
+        };
+        if let Err(e) = self.serve(&volume, &attachment, &vm).await {
+            // Nobody was let in: take it back.
+            self.unrecord(&volume, &attachment)?;
+            self.close_volume(&volume).await;
+            return Err(e);
+        }
+        tracing::info!(volume = %volume.path, vm = %vm.name, epoch = %attachment.epoch, "attached");
+        self.attachment_shown(attachment, volume.path, vm).await
+    }
+
+    /// Opens the volume and the attachment's door, unless they are open. The volume's lock is held.
+    pub(super) async fn serve(
+        &self,
+        volume: &VolumeRecord,
+        attachment: &AttachmentRecord,
+        vm: &VmRecord,
+    ) -> Result<()> {
+        if self.report(volume.id).await?.is_some_and(|report| report.served) {
+            return Ok(());
+        }
+        self.open_volume(volume).await?;
+        let socket = self.socket(attachment)?;
+        let spec = DoorSpec {
+            facts: AttachmentFacts {
+                volume: volume.id,
+                volume_customer: volume.customer,
+                vm_customer: vm.customer,
+                vm_uid: vm.uid,
+                epoch: attachment.epoch,
+            },
+            export: volume.path.to_string(),
+            vm: vm.name.to_string(),
+            read_only: attachment.read_only,
+            listener: bind(&socket, vm.uid)?,
+        };
+        self.shards
+            .of_volume(volume.id)
+            .call(move |registry| async move { registry.open_door(spec) })
+            .await
+    }
+
+    /// Removes the attachment and raises the volume's attachment epoch, durably. Returns the new epoch.
+    fn unrecord(&self, volume: &VolumeRecord, attachment: &AttachmentRecord) -> Result<Epoch> {
+        self.change(|tx| {
+            let mut volume = volume_named(tx, &volume.path)?;
+            volume.attachment_epoch = Epoch(volume.attachment_epoch.0 + 1);
+            tx.update(&volume)?;
+            tx.remove::<AttachmentRecord>(attachment.id)?;
+            Ok(volume.attachment_epoch)
+        })
+    }
+
+    /// Takes a volume from its VM. When this returns, nothing of the VM is in flight.
+    ///
+    /// # Errors
+    /// `NotFound` (volume, VM, or the volume is not attached to that VM), `Io`.
+    pub(crate) async fn detach(&self, request: control::Detach) -> Result<()> {
+        let path = &request.volume;
+        let id = self.look(|view| volume_named(view, path))?.id;
+        let _lock = self.volume_locks.lock(id).await;
+        let (volume, vm, held) = self.look(|view| {
+            let volume = volume_named(view, path)?;
+            let held = holder(view, volume.id)?;
+            Ok((volume, vm_named(view, &request.vm)?, held))
+        })?;
+        let attachment = match held {
+            Some((attachment, holder)) if holder.id == vm.id => attachment,
+            _ => {
+                return Err(Error::not_found(format!(
+                    "volume {path} is not attached to VM {:?}; `volctl volume show {path}` says where it is",
+                    vm.name.as_str()
+                )));
+            }
+        };
+        let epoch = self.unrecord(&volume, &attachment)?;
+        remove_socket(&self.socket(&attachment)?);
+        self.shards
+            .of_volume(id)
+            .call(move |registry| async move {
+                registry.close_door(id, epoch).await;
+                Ok(())
+            })
+            .await?;
+        self.close_volume(&volume).await;
+        self.set_failure(id, None);
+        tracing::info!(volume = %path, vm = %vm.name, %epoch, "detached");
+        Ok(())
+    }
+
+    /// All attachments.
+    ///
+    /// # Errors
+    /// The catalog's.
+    pub(crate) async fn attachment_list(&self) -> Result<Vec<control::Attachment>> {
+        let rows = self.look(|view| {
+            let mut rows = Vec::new();
+            for attachment in view.all::<AttachmentRecord>()? {
+                let volume = view.get::<VolumeRecord>(attachment.volume)?;
+                let vm = view.get::<VmRecord>(attachment.vm)?;
+                if let (Some(volume), Some(vm)) = (volume, vm) {
+                    rows.push((attachment, volume.path, vm));
+                }
+            }
+            Ok(rows)
+        })?;
+        let mut shown = Vec::with_capacity(rows.len());
+        for (attachment, path, vm) in rows {
+            shown.push(self.attachment_shown(attachment, path, vm).await?);
+        }
+        shown.sort_by(|a, b| a.volume.cmp(&b.volume));
+        Ok(shown)
+    }
+
+    async fn attachment_shown(
+        &self,
+        attachment: AttachmentRecord,
+        volume: VolumePath,
+        vm: VmRecord,
+    ) -> Result<control::Attachment> {
+        let connections = self.report(attachment.volume).await?.map_or(0, |r| r.connections);
+        let socket = self.socket(&attachment)?;
+        let socket = socket.to_str().ok_or_else(|| {
+            Error::unsupported(format!(
+                "{}: the socket's path is not UTF-8; use another --data-dir",
+                socket.display()
+            ))
+        })?;
+        Ok(control::Attachment {
+            attachment_id: attachment.id,
+            uri: Some(uri(&volume, socket)),
+            qemu_args: qemu_args(&volume, attachment.id, socket, attachment.read_only),
+            socket: socket.to_owned(),
+            volume,
+            vm: vm.name,
+            epoch: attachment.epoch.0,
+            protocol: attachment.protocol,
+            read_only: attachment.read_only,
+            connections,
+        })
+    }
+
+    /// Where an attachment's socket is.
+    pub(super) fn socket(&self, attachment: &AttachmentRecord) -> Result<PathBuf> {
+        self.dirs.attachment_socket(self.installation(), attachment.id)
+    }
+
+    /// Whose customer a VM is of, for messages at start.
+    pub(super) fn customer_of(&self, vm: &VmRecord) -> Result<CustomerRecord> {
+        self.look(|view| view.get(vm.customer))?.ok_or_else(|| {
+            Error::damaged(format!(
+                "VM {:?}: its customer is not in the catalog",
+                vm.name.as_str()
+            ))
+        })
+    }
+}
+
+/// A listening socket at `path`, 0600, owned by `uid`. One that an earlier run left is replaced: the data directory's
+/// lock says that nobody listens there.
+fn bind(path: &Path, uid: u32) -> Result<UnixListener> {
+    if let Some(dir) = path.parent() {
+        make_dir(dir, 0o711)?;
+    }
+    remove_socket(path);
+    let listener = UnixListener::bind(path).map_err(|e| path_error(path, "the socket cannot be made", e))?;
+    let given = std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).and_then(|()| {
+        if uid == own_uid() {
+            return Ok(());
+        }
+        std::os::unix::fs::chown(path, Some(uid), None)
+    });
+    if let Err(e) = given {
+        remove_socket(path);
+        let message = format!(
+            "{}: the socket cannot be given to uid {uid}; run vold as root, or give the VM vold's own uid {}",
+            path.display(),
+            own_uid()
+        );
+        return Err(Error::with_source(Kind::Refused, message, e));
+    }
+    Ok(listener)
+}
+
+/// Removes a socket's file; one that is gone already is as good.
+pub(super) fn remove_socket(path: &Path) {
+    if let Err(e) = std::fs::remove_file(path)
+        && e.kind() != std::io::ErrorKind::NotFound
+    {
+        tracing::warn!("{}: the socket cannot be removed: {e}", path.display());
+    }
+}
+
+/// Warns when the VM's uid cannot get to its socket for want of search permission on a directory above it.
+fn warn_if_unreachable(socket: &Path, vm: &VmRecord) {
+    use std::os::unix::fs::MetadataExt;
+    if vm.uid == own_uid() {
+        return;
+    }
+    for dir in socket.ancestors().skip(1) {
+        let Ok(facts) = std::fs::metadata(dir) else {
+            continue;
+        };
+        // Group membership of the VM's uid is not known here; only what is certain is said.
+        let searchable = facts.mode() & 0o011 != 0 || (facts.uid() == vm.uid && facts.mode() & 0o100 != 0);
+        if !searchable {
+            tracing::warn!(
+                vm = %vm.name,
+                "{}: uid {} may not pass through this directory to its socket; chmod o+x {}",
+                dir.display(),
+                vm.uid,
+                dir.display()
+            );
+        }
+    }
+}
+
+/// `nbd+unix:///EXPORT?socket=PATH`, as the NBD URI specification has it.
+fn uri(volume: &VolumePath, socket: &str) -> String {
+    // An export's name is made of characters that need no escape in a URI's path.
+    format!("nbd+unix:///{volume}?socket={}", percent_encode(socket))
+}
+
+/// Escapes what RFC 3986 does not allow plainly in a query's value.
+fn percent_encode(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' => {
+                out.push(char::from(byte));
+            }
+            _ => out.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    out
+}
+
+/// Arguments that give the volume to QEMU. A comma in an option's value is written twice there.
+fn qemu_args(volume: &VolumePath, id: AttachmentId, socket: &str, read_only: bool) -> Vec<String> {
+    let node = format!("vold-{}", &id.0.simple().to_string()[..12]);
+    let socket = socket.replace(',', ",,");
+    let read_only = if read_only { "on" } else { "off" };
+    vec![
+        "-blockdev".into(),
+        format!(
+            "driver=nbd,node-name={node},server.type=unix,server.path={socket},export={volume},\
+             reconnect-delay={QEMU_RECONNECT_SECONDS},read-only={read_only},cache.direct=on,discard=unmap"
+        ),
+        "-device".into(),
+        format!("virtio-blk-pci,drive={node},id={node}-disk"),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sockets_path_is_escaped_in_the_uri_and_in_qemus_arguments() {
+        let volume = "acme/web".parse().unwrap();
+        assert_eq!(
+            uri(&volume, "/run/a b/ü&x.sock"),
+            "nbd+unix:///acme/web?socket=/run/a%20b/%C3%BC%26x.sock"
+        );
+        let id = AttachmentId::random();
+        let args = qemu_args(&volume, id, "/run/a,b.sock", true);
+        assert!(
+            args[1].contains("server.path=/run/a,,b.sock,export=acme/web,"),
+            "{args:?}"
+        );
+        assert!(args[1].contains("read-only=on"), "{args:?}");
+        let node = args[1]
+            .split("node-name=")
+            .nth(1)
+            .unwrap()
+            .split(',')
+            .next()
+            .unwrap();
+        assert!(args[3].contains(&format!("drive={node},")), "{args:?}");
+    }
+
+    #[test]
+    fn a_bound_socket_is_private_and_replaces_a_stale_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run/a.sock");
+        drop(bind(&path, own_uid()).unwrap());
+        assert!(path.exists(), "a stale socket");
+        let _listener = bind(&path, own_uid()).unwrap();
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode, 0o600);
+        std::os::unix::net::UnixStream::connect(&path).unwrap();
+    }
+}

@@ -1,0 +1,204 @@
+//! What the daemon does, one file a noun. An operation checks its request, decides by [`libvol::tenant`]'s policy, and
+//! changes catalog, stores and shards in an order that a crash at any point leaves repairable; each file states its own.
+//!
+//! Rules for all of them: what the catalog says is durable before the answer; nothing is served that the catalog does
+//! not show; a volume's operations run one at a time (its lock); the catalog's single writer decides races on names.
+//!
+//! It deliberately knows no HTTP and no NBD.
+
+mod attach;
+mod customer;
+mod destroy;
+mod locks;
+mod place;
+mod signature;
+mod start;
+mod status;
+mod store;
+mod vm;
+mod volume;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Instant;
+
+use libvol::catalog::{Catalog, CustomerRecord, StoreRecord, Tx, View, VmRecord, VolumeRecord};
+use libvol::ids::{Name, StoreId, VolumeId, VolumePath};
+use libvol::keys::KeyService;
+use libvol::store::StoreHandle;
+use libvol::{Error, Result};
+use tokio::task::JoinSet;
+
+use crate::data_dir::DataDir;
+use crate::shard::{Report, Shards};
+use locks::Locks;
+
+/// A store of the catalog, as it stands in this process.
+#[derive(Clone)]
+enum Seat {
+    /// Open.
+    Open(StoreHandle),
+    /// Not open, for that reason.
+    Closed(String),
+}
+
+/// The daemon's state and everything it can be asked to do.
+pub(crate) struct Operations {
+    dirs: DataDir,
+    catalog: Catalog,
+    keys: Arc<dyn KeyService>,
+    shards: Shards,
+    stores: RwLock<HashMap<StoreId, Seat>>,
+    /// Why volumes that should be open are not.
+    failures: Mutex<HashMap<VolumeId, String>>,
+    volume_locks: Locks<VolumeId>,
+    /// Held over adding and removing stores.
+    stores_lock: tokio::sync::Mutex<()>,
+    /// Destructions and recoveries under way.
+    background: Mutex<JoinSet<()>>,
+    started: Instant,
+}
+
+impl Operations {
+    /// Looks at the catalog.
+    fn look<T>(&self, look: impl FnOnce(&View<'_>) -> Result<T>) -> Result<T> {
+        self.catalog.read(look)
+    }
+
+    /// Changes the catalog; durable when it returns. The commit waits for the disk, so the thread says so to tokio.
+    fn change<T>(&self, change: impl FnOnce(&Tx<'_>) -> Result<T>) -> Result<T> {
+        tokio::task::block_in_place(|| self.catalog.write(change))
+    }
+
+    fn seat(&self, store: StoreId) -> Seat {
+        let stores = self.stores.read().unwrap_or_else(PoisonError::into_inner);
+        stores
+            .get(&store)
+            .cloned()
+            .unwrap_or_else(|| Seat::Closed("the store is not in the catalog".into()))
+    }
+
+    fn seats(&self) -> Vec<(StoreId, Seat)> {
+        let stores = self.stores.read().unwrap_or_else(PoisonError::into_inner);
+        stores.iter().map(|(id, seat)| (*id, seat.clone())).collect()
+    }
+
+    fn set_seat(&self, store: StoreId, seat: Seat) {
+        let mut stores = self.stores.write().unwrap_or_else(PoisonError::into_inner);
+        stores.insert(store, seat);
+    }
+
+    fn drop_seat(&self, store: StoreId) {
+        let mut stores = self.stores.write().unwrap_or_else(PoisonError::into_inner);
+        stores.remove(&store);
+    }
+
+    /// The open store, or why it is not in use.
+    fn open_store(&self, record: &StoreRecord) -> Result<StoreHandle> {
+        let reason = match self.seat(record.id) {
+            Seat::Open(handle) => match handle.fault() {
+                None => return Ok(handle),
+                Some(fault) => format!("is faulty: {fault}"),
+            },
+            Seat::Closed(reason) => format!("is not in use: {reason}"),
+        };
+        Err(Error::unavailable(format!(
+            "store {:?} {reason}",
+            record.name.as_str()
+        )))
+    }
+
+    /// The open stores of all of a volume's replicas, in its order.
+    ///
+    /// # Errors
+    /// `Unavailable` with the first that is away: until replicas can be dropped and resynced, nothing is guessed.
+    fn replica_stores(&self, volume: &VolumeRecord) -> Result<Vec<StoreHandle>> {
+        volume
+            .replicas
+            .iter()
+            .map(|replica| {
+                let record = self
+                    .look(|view| view.get::<StoreRecord>(replica.store))?
+                    .ok_or_else(|| {
+                        Error::internal(format!(
+                            "volume {}: its store {} is not in the catalog",
+                            volume.path, replica.store
+                        ))
+                    })?;
+                self.open_store(&record)
+            })
+            .collect::<Result<Vec<_>>>()
+            .map_err(|e| e.context(format!("volume {}", volume.path)))
+    }
+
+    /// Asks an open volume how it fares.
+    async fn report(&self, volume: VolumeId) -> Result<Option<Report>> {
+        self.shards
+            .of_volume(volume)
+            .call(move |registry| async move { Ok(registry.report(volume)) })
+            .await
+    }
+
+    fn failure(&self, volume: VolumeId) -> Option<String> {
+        self.failures().get(&volume).cloned()
+    }
+
+    fn set_failure(&self, volume: VolumeId, reason: Option<String>) {
+        let mut failures = self.failures();
+        match reason {
+            Some(reason) => failures.insert(volume, reason),
+            None => failures.remove(&volume),
+        };
+    }
+
+    fn failures(&self) -> std::sync::MutexGuard<'_, HashMap<VolumeId, String>> {
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts work that outlives its request.
+    fn in_background(self: &Arc<Self>, work: impl Future<Output = ()> + Send + 'static) {
+        let mut background = self.background.lock().unwrap_or_else(PoisonError::into_inner);
+        // Finished ones are let go here, so that the set stays as small as the work under way.
+        while let Some(ended) = background.try_join_next() {
+            if let Err(e) = ended {
+                tracing::error!("work in the background ended badly: {e}");
+            }
+        }
+        background.spawn(work);
+    }
+}
+
+fn customer_named(view: &View<'_>, name: &Name) -> Result<CustomerRecord> {
+    view.named(name.as_str())?.ok_or_else(|| {
+        Error::not_found(format!(
+            "there is no customer {:?}; `volctl customer list` shows them",
+            name.as_str()
+        ))
+    })
+}
+
+fn vm_named(view: &View<'_>, name: &Name) -> Result<VmRecord> {
+    view.named(name.as_str())?.ok_or_else(|| {
+        Error::not_found(format!(
+            "there is no VM {:?}; `volctl vm list` shows them",
+            name.as_str()
+        ))
+    })
+}
+
+fn store_named(view: &View<'_>, name: &Name) -> Result<StoreRecord> {
+    view.named(name.as_str())?.ok_or_else(|| {
+        Error::not_found(format!(
+            "there is no store {:?}; `volctl store list` shows them",
+            name.as_str()
+        ))
+    })
+}
+
+fn volume_named(view: &View<'_>, path: &VolumePath) -> Result<VolumeRecord> {
+    view.named(path.to_string())?.ok_or_else(|| {
+        Error::not_found(format!(
+            "there is no volume {path}; `volctl volume list` shows them"
+        ))
+    })
+}

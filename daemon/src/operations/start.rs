@@ -1,0 +1,280 @@
+//! Start and stop of everything the operations stand on.
+//!
+//! Start: shards → stores (one that cannot be opened is offline with its reason; the rest is served) → unfinished
+//! creations rolled back → interrupted resizes finished → attachments served again at their old sockets → destructions
+//! resumed → volumes that a crash left dirty recovered in the background.
+//!
+//! Stop (the API has ended): no new sessions → sessions ended → volumes flushed, cleaned, closed → stores closed →
+//! shards ended.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, RwLock};
+use std::time::{Duration, Instant};
+
+use libvol::catalog::{AttachmentRecord, Catalog, DestroyRecord, Phase, StoreRecord, VolumeRecord};
+use libvol::disk::EngineChoice;
+use libvol::keys::KeyService;
+use libvol::{Error, Result};
+use tokio::task::JoinSet;
+
+use super::attach::remove_socket;
+use super::locks::Locks;
+use super::volume::holder;
+use super::{Operations, Seat};
+use crate::data_dir::DataDir;
+use crate::shard::Shards;
+
+/// How long an earlier daemon's transfers on a store may take to end. A killed process's ring is torn down by the kernel
+/// after its last transfer; a disk that takes longer than this is hung, and its store stays out.
+const LOCK_WAIT: Duration = Duration::from_secs(10);
+/// How often open stores are asked for faults.
+const FAULT_POLL: Duration = Duration::from_millis(250);
+/// How often a background recovery is asked whether it has ended.
+const RECOVERY_POLL: Duration = Duration::from_millis(200);
+
+impl Operations {
+    /// Brings everything up.
+    ///
+    /// # Errors
+    /// What no daemon can run without: catalog, keystore, shards. Stores and volumes that fail are reported, not fatal.
+    pub(crate) async fn start(
+        dirs: DataDir,
+        catalog: Catalog,
+        keys: Arc<dyn KeyService>,
+        shard_count: usize,
+        engine: EngineChoice,
+    ) -> Result<Arc<Self>> {
+        let operations = Arc::new(Self {
+            dirs,
+            catalog,
+            keys,
+            shards: Shards::start(shard_count, engine)?,
+            stores: RwLock::default(),
+            failures: Mutex::new(HashMap::new()),
+            volume_locks: Locks::default(),
+            stores_lock: tokio::sync::Mutex::default(),
+            background: Mutex::new(JoinSet::new()),
+            started: Instant::now(),
+        });
+        operations.open_stores().await?;
+        operations.take_up_volumes().await?;
+        operations.resume_destroys()?;
+        operations.watch_faults();
+        Ok(operations)
+    }
+
+    async fn open_stores(self: &Arc<Self>) -> Result<()> {
+        let mut opening = JoinSet::new();
+        for record in self.look(|view| view.all::<StoreRecord>())? {
+            let operations = self.clone();
+            opening.spawn(async move {
+                let opened = operations.open_recorded(&record, LOCK_WAIT).await;
+                (record, opened)
+            });
+        }
+        while let Some(result) = opening.join_next().await {
+            let (record, opened) = result.map_err(|e| Error::internal(format!("opening stores: {e}")))?;
+            let seat = match opened {
+                Ok(handle) => {
+                    tracing::info!(store = %record.name, path = %record.path.display(), "open");
+                    Seat::Open(handle)
+                }
+                Err(e) => {
+                    tracing::error!(store = %record.name, path = %record.path.display(), "out of use: {e}");
+                    Seat::Closed(e.to_string())
+                }
+            };
+            self.set_seat(record.id, seat);
+        }
+        Ok(())
+    }
+
+    /// Every volume to where the catalog says it should be.
+    async fn take_up_volumes(self: &Arc<Self>) -> Result<()> {
+        let attachments = self.look(|view| view.all::<AttachmentRecord>())?;
+        let kept: Vec<PathBuf> = attachments.iter().filter_map(|a| self.socket(a).ok()).collect();
+        for path in self
+            .dirs
+            .sockets()
+            .into_iter()
+            .filter(|path| !kept.contains(path))
+        {
+            remove_socket(&path);
+        }
+        for record in self.look(|view| view.all::<VolumeRecord>())? {
+            let _lock = self.volume_locks.lock(record.id).await;
+            match record.phase {
+                Phase::Destroying => {}
+                Phase::Creating => match self.roll_back_creation(&record).await {
+                    Ok(()) => {
+                        tracing::info!(volume = %record.path, "its interrupted creation is rolled back")
+                    }
+                    Err(e) => {
+                        tracing::warn!(volume = %record.path, "its interrupted creation stays for now: {e}")
+                    }
+                },
+                Phase::Ready => {
+                    if let Err(e) = self.take_up(&record).await {
+                        tracing::error!(volume = %record.path, "not served: {e}");
+                        self.set_failure(record.id, Some(e.to_string()));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn take_up(self: &Arc<Self>, record: &VolumeRecord) -> Result<()> {
+        let held = self.look(|view| holder(view, record.id))?;
+        if record.replicas.iter().any(|replica| !self.is_open(replica.store)) && held.is_none() {
+            // `volume show` says which store is away; there is nothing to bring up.
+            return Ok(());
+        }
+        let record = self.settle_size(record).await?;
+        match held {
+            Some((attachment, vm)) => {
+                self.customer_of(&vm)?;
+                self.serve(&record, &attachment, &vm).await?;
+                tracing::info!(volume = %record.path, vm = %vm.name, epoch = %attachment.epoch, "served again");
+            }
+            None if self.is_dirty(&record).await? => {
+                self.open_volume(&record).await?;
+                self.recover_in_background(record);
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Whether a crash left write-intent marks.
+    async fn is_dirty(&self, record: &VolumeRecord) -> Result<bool> {
+        let dataset = record.dataset;
+        for handle in self.replica_stores(record)? {
+            if handle.space().dirty == 0 {
+                continue;
+            }
+            let dirty = self
+                .shards
+                .of_store(handle.info().id)
+                .call(move |_| async move {
+                    Ok(handle
+                        .extents_of(dataset)
+                        .await?
+                        .iter()
+                        .any(|extent| extent.dirty))
+                })
+                .await?;
+            if dirty {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Waits for an open volume's recovery, then closes it unless somebody has use for it by then.
+    fn recover_in_background(self: &Arc<Self>, record: VolumeRecord) {
+        tracing::info!(volume = %record.path, "was not closed cleanly; recovering");
+        let operations = self.clone();
+        self.in_background(async move {
+            let id = record.id;
+            loop {
+                match operations.report(id).await {
+                    Ok(Some(report)) if report.served => return,
+                    Ok(Some(report)) if report.failure.is_none() && report.stats.recovering_extents > 0 => {
+                        tokio::time::sleep(RECOVERY_POLL).await;
+                    }
+                    Ok(Some(_)) => break,
+                    Ok(None) | Err(_) => return,
+                }
+            }
+            let _lock = operations.volume_locks.lock(id).await;
+            // Under the lock: an attach or a deletion may have come first.
+            if matches!(operations.report(id).await, Ok(Some(report)) if !report.served) {
+                operations.close_volume(&record).await;
+                tracing::info!(volume = %record.path, "recovered");
+            }
+        });
+    }
+
+    fn resume_destroys(self: &Arc<Self>) -> Result<()> {
+        for record in self.look(|view| view.all::<DestroyRecord>())? {
+            if record.finished_unix_seconds.is_none() {
+                tracing::info!(volume = %record.path, id = %record.volume, "its destruction goes on");
+                self.start_destroying(record.volume);
+            }
+        }
+        Ok(())
+    }
+
+    fn watch_faults(self: &Arc<Self>) {
+        let operations = self.clone();
+        self.in_background(async move {
+            loop {
+                if let Err(e) = operations.record_faults() {
+                    tracing::error!("a store's fault cannot be recorded: {e}");
+                }
+                tokio::time::sleep(FAULT_POLL).await;
+            }
+        });
+    }
+
+    /// Brings everything down, clean.
+    pub(crate) async fn stop(self: &Arc<Self>) {
+        // The watcher and waits for scrubs end here; the scrubs themselves end with their stores and go on at the next start.
+        let mut background = std::mem::take(
+            &mut *self
+                .background
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner),
+        );
+        background.shutdown().await;
+        let mut closing = JoinSet::new();
+        for index in 0..self.shards.count() {
+            let operations = self.clone();
+            closing.spawn(async move { operations.close_volumes_of(index).await });
+        }
+        while closing.join_next().await.is_some() {}
+        if let Err(e) = self.record_faults() {
+            tracing::error!("a store's fault cannot be recorded: {e}");
+        }
+        for (_, seat) in self.seats() {
+            if let Seat::Open(handle) = seat {
+                self.close_store(&handle).await;
+            }
+        }
+        if let Ok(attachments) = self.look(|view| view.all::<AttachmentRecord>()) {
+            for attachment in attachments {
+                if let Ok(socket) = self.socket(&attachment) {
+                    remove_socket(&socket);
+                }
+            }
+        }
+    }
+
+    /// Closes all volumes of one shard, side by side.
+    async fn close_volumes_of(&self, index: usize) {
+        let Some(shard) = self.shards.iter().nth(index) else {
+            return;
+        };
+        let open = match shard
+            .call(|registry| async move { Ok(registry.open_volumes()) })
+            .await
+        {
+            Ok(open) => open,
+            Err(e) => {
+                tracing::error!("shard {index}: {e}");
+                return;
+            }
+        };
+        let closed = open.into_iter().map(|id| async move {
+            let closed = shard
+                .call(move |registry| async move { registry.close(id).await })
+                .await;
+            if let Err(e) = closed {
+                tracing::error!(volume = %id, "closed with an error, its next opening recovers: {e}");
+            }
+        });
+        futures_util::future::join_all(closed).await;
+    }
+}

@@ -1,0 +1,448 @@
+//! Stores.
+//!
+//! Add: file made (or device opened) and locked → formatted → opened → record durable → answered. A failure before the
+//! record removes a file that was made here. A crash there leaves a file that the catalog does not know; adding it again
+//! is refused with that hint, so nothing of anybody's is overwritten.
+//!
+//! Remove: record gone (only when no volume and no unfinished destruction is on it) → closed. The file stays: it is the
+//! operator's.
+
+use std::fs::{File, Metadata};
+use std::io::Read;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use libvol::catalog::{DestroyRecord, StoreFault, StoreRecord, VolumeRecord};
+use libvol::control;
+use libvol::disk::{Disk, DiskFile, MediumClass, OpenMode};
+use libvol::ids::{InstallationId, Name, StoreId};
+use libvol::limits::{
+    EXTENT_BYTES_DEFAULT, EXTENT_BYTES_MAX, EXTENT_BYTES_MIN, STORE_BYTES_MAX, STORE_BYTES_MIN, STORES_MAX,
+};
+use libvol::store::{self, Expect, FormatOptions, StoreHandle};
+use libvol::{Error, Kind, Result};
+
+use super::signature::{PROBE_BYTES, recognise};
+use super::{Operations, Seat, store_named};
+use crate::process::{path_error, unix_seconds};
+
+/// A store's medium must be sized in whole blocks of any device.
+const SIZE_MULTIPLE: u64 = 4096;
+
+impl Operations {
+    /// Formats a file or device and takes it into use.
+    ///
+    /// # Errors
+    /// `Invalid`, `Exists`, `Busy`, `ReadOnly`, `NoSpace`, `Unsupported`, `Io`, each naming the path and the next step.
+    pub(crate) async fn store_add(&self, request: control::StoreAdd) -> Result<control::Store> {
+        let _lock = self.stores_lock.lock().await;
+        let path = PathBuf::from(&request.path);
+        let extent_bytes = request.extent_bytes.unwrap_or(EXTENT_BYTES_DEFAULT);
+        check_request(&request, &path, extent_bytes)?;
+        self.look(|view| {
+            if view.named::<StoreRecord>(request.name.as_str())?.is_some() {
+                return Err(Error::exists(format!(
+                    "store {:?} exists already; choose another name",
+                    request.name.as_str()
+                )));
+            }
+            let stores = view.all::<StoreRecord>()?;
+            if stores.len() >= STORES_MAX {
+                return Err(Error::no_space(format!(
+                    "there are {STORES_MAX} stores, the most one daemon may have"
+                )));
+            }
+            let real = path.canonicalize().unwrap_or_else(|_| path.clone());
+            match stores
+                .iter()
+                .find(|s| s.path == path || s.path.canonicalize().is_ok_and(|p| p == real))
+            {
+                Some(other) => Err(Error::busy(format!(
+                    "{}: is store {:?} already; choose another path",
+                    path.display(),
+                    other.name.as_str()
+                ))),
+                None => Ok(()),
+            }
+        })?;
+        let (file, created) = tokio::task::block_in_place(|| medium(&request, &path))?;
+        let added = self.format_and_record(&request, &path, file, extent_bytes).await;
+        if added.is_err()
+            && created
+            && let Err(e) = std::fs::remove_file(&path)
+        {
+            tracing::warn!(
+                "{}: the file of a store that was not added stays: {e}",
+                path.display()
+            );
+        }
+        let record = added?;
+        tracing::info!(store = %record.name, path = %path.display(), "added");
+        Ok(self.store_shown(record))
+    }
+
+    async fn format_and_record(
+        &self,
+        request: &control::StoreAdd,
+        path: &Path,
+        file: DiskFile,
+        extent_bytes: u64,
+    ) -> Result<StoreRecord> {
+        let zone = request.zone.clone().unwrap_or_else(|| request.name.clone());
+        let size_bytes = request
+            .size_bytes
+            .unwrap_or(file.size_bytes())
+            .min(file.size_bytes());
+        let options = FormatOptions {
+            installation: self.catalog.installation(),
+            name: request.name.clone(),
+            zone: zone.clone(),
+            size_bytes: size_bytes - size_bytes % SIZE_MULTIPLE,
+            extent_bytes,
+            zero_filled: !file.is_block_device(),
+        };
+        // Formatting needs no particular shard; the id it gives then decides where the store lives.
+        let shard = self.shards.of_store(StoreId::random());
+        let formatted = file.clone();
+        let id = shard
+            .call(move |_| async move {
+                let disk = Disk::attach(&formatted)?;
+                let id = store::format(&disk, &options).await;
+                disk.detach();
+                id
+            })
+            .await
+            .map_err(|e| e.context(path.display()))?;
+        let handle = self.open_file(id, file).await?;
+        let record = StoreRecord {
+            id,
+            name: request.name.clone(),
+            path: path.to_owned(),
+            zone,
+            extent_bytes: handle.info().extent_bytes,
+            extents: handle.info().extents,
+            allow_buffered: request.allow_buffered,
+            fault: None,
+            created_unix_seconds: unix_seconds(),
+        };
+        if let Err(e) = self.change(|tx| tx.insert(&record)) {
+            self.close_store(&handle).await;
+            return Err(e);
+        }
+        self.set_seat(id, Seat::Open(handle));
+        Ok(record)
+    }
+
+    /// Opens a store on its home shard.
+    pub(super) async fn open_file(&self, id: StoreId, file: DiskFile) -> Result<StoreHandle> {
+        let expect = Expect {
+            installation: Some(self.catalog.installation()),
+            store: Some(id),
+        };
+        self.shards
+            .of_store(id)
+            .call(move |_| async move { store::open(&file, expect).await })
+            .await
+    }
+
+    /// Opens a store of the catalog, waiting for an earlier daemon's I/O on it to end.
+    pub(super) async fn open_recorded(
+        &self,
+        record: &StoreRecord,
+        lock_wait: Duration,
+    ) -> Result<StoreHandle> {
+        if let Some(StoreFault { reason, .. }) = &record.fault {
+            return Err(Error::unavailable(format!(
+                "latched faulty: {reason}; look at the device, then stop vold and clear the latch: vold clear-fault --data-dir DIR --store {}",
+                record.name
+            )));
+        }
+        let (path, buffered_ok) = (record.path.clone(), record.allow_buffered);
+        let file = tokio::task::spawn_blocking(move || {
+            DiskFile::open(&path, OpenMode::ReadWrite, buffered_ok, lock_wait)
+        })
+        .await
+        .map_err(|e| Error::internal(format!("opening a store: {e}")))??;
+        self.open_file(record.id, file).await
+    }
+
+    /// Closes a store: every shard lets its data path go, then its keeper ends.
+    pub(super) async fn close_store(&self, handle: &StoreHandle) {
+        let id = handle.info().id;
+        for shard in self.shards.iter() {
+            let forgotten = shard
+                .call(move |registry| async move {
+                    registry.forget_store(id);
+                    Ok(())
+                })
+                .await;
+            if let Err(e) = forgotten {
+                tracing::warn!(store = %handle.info().name, "data path not let go: {e}");
+            }
+        }
+        let closing = handle.clone();
+        let closed = self
+            .shards
+            .of_store(id)
+            .call(move |_| async move { closing.close().await })
+            .await;
+        if let Err(e) = closed {
+            tracing::error!(store = %handle.info().name, "closed with an error: {e}");
+        }
+    }
+
+    /// Takes a store out of use for good.
+    ///
+    /// # Errors
+    /// `NotFound`; `Busy` naming a volume on it.
+    pub(crate) async fn store_remove(&self, name: &Name) -> Result<()> {
+        let _lock = self.stores_lock.lock().await;
+        let id = self.change(|tx| {
+            let store = store_named(tx, name)?;
+            let used_by = tx
+                .all::<VolumeRecord>()?
+                .into_iter()
+                .find(|volume| volume.replicas.iter().any(|r| r.store == store.id));
+            if let Some(volume) = used_by {
+                return Err(Error::busy(format!(
+                    "store {:?} holds a replica of volume {}; delete the volume first",
+                    name.as_str(),
+                    volume.path
+                )));
+            }
+            let destroying = tx.all::<DestroyRecord>()?.into_iter().find(|job| {
+                job.finished_unix_seconds.is_none()
+                    && job.stores.iter().any(|part| part.store == store.id && !part.done)
+            });
+            if let Some(job) = destroying {
+                return Err(Error::busy(format!(
+                    "store {:?} still holds extents of {}, which is being destroyed; wait for it: volctl destroy wait {}",
+                    name.as_str(),
+                    job.path,
+                    job.volume
+                )));
+            }
+            tx.remove::<StoreRecord>(store.id)?;
+            Ok(store.id)
+        })?;
+        if let Seat::Open(handle) = self.seat(id) {
+            self.close_store(&handle).await;
+        }
+        self.drop_seat(id);
+        tracing::info!(store = %name, "removed; its file or device is left as it is");
+        Ok(())
+    }
+
+    /// All stores.
+    ///
+    /// # Errors
+    /// The catalog's.
+    pub(crate) fn store_list(&self) -> Result<Vec<control::Store>> {
+        let records = self.look(|view| view.all::<StoreRecord>())?;
+        Ok(records
+            .into_iter()
+            .map(|record| self.store_shown(record))
+            .collect())
+    }
+
+    /// One store.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub(crate) fn store_show(&self, name: &Name) -> Result<control::Store> {
+        Ok(self.store_shown(self.look(|view| store_named(view, name))?))
+    }
+
+    fn store_shown(&self, record: StoreRecord) -> control::Store {
+        let mut shown = control::Store {
+            id: record.id.to_string(),
+            path: record.path.display().to_string(),
+            zone: record.zone,
+            state: control::StoreState::Offline,
+            reason: None,
+            medium: "unknown".into(),
+            medium_reason: "the store is not open".into(),
+            extent_bytes: record.extent_bytes,
+            total_bytes: u64::from(record.extents) * record.extent_bytes,
+            free_bytes: 0,
+            pending_scrub_bytes: 0,
+            allocated_bytes: 0,
+            name: record.name,
+        };
+        let latched = record.fault.map(|fault| fault.reason);
+        match self.seat(record.id) {
+            Seat::Open(handle) => {
+                let (info, space) = (handle.info(), handle.space());
+                let bytes = |extents: u32| u64::from(extents) * info.extent_bytes;
+                shown.medium = match info.medium.class {
+                    MediumClass::InPlace => "in_place",
+                    MediumClass::NotInPlace => "not_in_place",
+                    MediumClass::Unknown => "unknown",
+                }
+                .into();
+                shown.medium_reason = info.medium.reason.clone();
+                shown.total_bytes = bytes(space.total);
+                shown.free_bytes = bytes(space.free);
+                shown.pending_scrub_bytes = bytes(space.pending_scrub);
+                shown.allocated_bytes = bytes(space.allocated);
+                shown.reason = handle.fault().or(latched);
+                shown.state = match shown.reason {
+                    None => control::StoreState::Online,
+                    Some(_) => control::StoreState::Faulty,
+                };
+            }
+            Seat::Closed(reason) => {
+                if latched.is_some() {
+                    shown.state = control::StoreState::Faulty;
+                }
+                shown.reason = Some(reason);
+            }
+        }
+        shown
+    }
+
+    /// Writes down the faults that open stores have latched since the last look.
+    ///
+    /// # Errors
+    /// The catalog's.
+    pub(super) fn record_faults(&self) -> Result<()> {
+        for (id, seat) in self.seats() {
+            let Seat::Open(handle) = seat else { continue };
+            let Some(reason) = handle.fault() else { continue };
+            let recorded = |record: &Option<StoreRecord>| record.as_ref().is_none_or(|r| r.fault.is_some());
+            if recorded(&self.look(|view| view.get::<StoreRecord>(id))?) {
+                continue;
+            }
+            self.change(|tx| {
+                let Some(mut record) = tx.get::<StoreRecord>(id)? else {
+                    return Ok(());
+                };
+                record.fault = Some(StoreFault {
+                    reason: reason.clone(),
+                    since_unix_seconds: unix_seconds(),
+                });
+                tx.update(&record)
+            })?;
+            tracing::error!(store = %handle.info().name, "latched faulty, out of use until an operator acts: {reason}");
+        }
+        Ok(())
+    }
+
+    /// This installation.
+    pub(crate) fn installation(&self) -> InstallationId {
+        self.catalog.installation()
+    }
+}
+
+fn check_request(request: &control::StoreAdd, path: &Path, extent_bytes: u64) -> Result<()> {
+    let name = request.name.as_str();
+    if !path.is_absolute() {
+        return Err(Error::invalid(format!(
+            "store {name:?}: {:?} is not an absolute path; the daemon has its own working directory",
+            request.path
+        )));
+    }
+    if request.path.contains('\0') || path.components().any(|c| c == std::path::Component::ParentDir) {
+        return Err(Error::invalid(format!(
+            "store {name:?}: the path must not contain \"..\""
+        )));
+    }
+    if !extent_bytes.is_power_of_two() || !(EXTENT_BYTES_MIN..=EXTENT_BYTES_MAX).contains(&extent_bytes) {
+        return Err(Error::invalid(format!(
+            "store {name:?}: extents of {extent_bytes} bytes; use a power of two from {} to {} MiB",
+            EXTENT_BYTES_MIN >> 20,
+            EXTENT_BYTES_MAX >> 20
+        )));
+    }
+    match request.size_bytes {
+        Some(size) if size < STORE_BYTES_MIN => Err(too_small(name, size)),
+        Some(size) if size > STORE_BYTES_MAX => Err(Error::invalid(format!(
+            "store {name:?}: {size} bytes; a store has at most {} TiB",
+            STORE_BYTES_MAX >> 40
+        ))),
+        Some(size) if size % SIZE_MULTIPLE != 0 => Err(Error::invalid(format!(
+            "store {name:?}: {size} bytes is not a multiple of {SIZE_MULTIPLE}"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+fn too_small(name: &str, size: u64) -> Error {
+    Error::invalid(format!(
+        "store {name:?}: {size} bytes; a store has at least {} MiB",
+        STORE_BYTES_MIN >> 20
+    ))
+}
+
+/// The file (made here: `true`) or block device of a new store, open and locked.
+fn medium(request: &control::StoreAdd, path: &Path) -> Result<(DiskFile, bool)> {
+    let name = request.name.as_str();
+    let existing = match std::fs::metadata(path) {
+        Ok(metadata) => Some(metadata),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
+        Err(e) => return Err(path_error(path, "cannot be looked at", e)),
+    };
+    match existing {
+        None => {
+            let Some(size) = request.size_bytes else {
+                return Err(Error::invalid(format!(
+                    "store {name:?}: {} does not exist; give --size to create it",
+                    path.display()
+                )));
+            };
+            DiskFile::create(path, size, request.allow_buffered).map(|file| (file, true))
+        }
+        Some(existing) if existing.file_type().is_block_device() => {
+            if let Some(what) = probe(path)? {
+                return Err(Error::exists(format!(
+                    "{}: the device holds {what}; if nobody needs it, clear it (wipefs --all, or zeros over its first MiB) and try again",
+                    path.display()
+                )));
+            }
+            if is_read_only(&existing) {
+                return Err(Error::read_only(format!(
+                    "{}: the device is read-only; make it writable (blockdev --setrw), or use another",
+                    path.display()
+                )));
+            }
+            let file = DiskFile::open(path, OpenMode::ReadWrite, request.allow_buffered, Duration::ZERO)?;
+            match request.size_bytes {
+                _ if file.size_bytes() < STORE_BYTES_MIN => Err(too_small(name, file.size_bytes())),
+                Some(size) if size > file.size_bytes() => Err(Error::invalid(format!(
+                    "store {name:?}: {size} bytes asked for, and {} has {}",
+                    path.display(),
+                    file.size_bytes()
+                ))),
+                _ => Ok((file, false)),
+            }
+        }
+        Some(_) => Err(Error::exists(format!(
+            "{}: exists already; a store makes its own file, so choose another path or move that one away",
+            path.display()
+        ))),
+    }
+}
+
+/// Whether the kernel lets nobody write to a block device; opening it for writing need not fail.
+fn is_read_only(device: &Metadata) -> bool {
+    let number = device.rdev();
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/ro")).is_ok_and(|text| text.trim() == "1")
+}
+
+/// What a block device holds, by its first bytes.
+fn probe(path: &Path) -> Result<Option<&'static str>> {
+    let mut start = Vec::with_capacity(PROBE_BYTES);
+    File::open(path)
+        .and_then(|file| file.take(PROBE_BYTES as u64).read_to_end(&mut start))
+        .map_err(|e| match e.kind() {
+            std::io::ErrorKind::PermissionDenied => Error::with_source(
+                Kind::Refused,
+                format!("{}: may not be read; check its owner and mode", path.display()),
+                e,
+            ),
+            _ => path_error(path, "cannot be read", e),
+        })?;
+    Ok(recognise(&start))
+}

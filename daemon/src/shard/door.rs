@@ -1,0 +1,173 @@
+//! The door of an attachment: its socket, who is let in, and the sessions of those who were.
+//!
+//! Every connection is judged anew by its peer's credentials and the volume's attachment epoch (I2), and so is every
+//! export it asks for. Who is turned away learns nothing; the log has the reason.
+
+use std::cell::Cell;
+use std::os::unix::net::UnixListener;
+use std::rc::Rc;
+use std::time::Duration;
+
+use libvol::ids::Epoch;
+use libvol::runtime::net::{Listener, Stream};
+use libvol::runtime::{sleep, spawn};
+use libvol::tenant::{self, AttachmentFacts};
+use libvol::volume::Volume;
+use libvol::{Error, Kind, Result};
+
+use crate::nbd::{self, Export, Exports, Sessions};
+
+/// How long sessions that end gently may take to answer what they have begun.
+const GENTLE: Duration = Duration::from_secs(2);
+
+/// How sessions end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Manner {
+    /// What has begun is answered, what comes then is answered with ESHUTDOWN: the volume is taken away.
+    Gently,
+    /// The connections are cut. QEMU holds unanswered requests and sends them again once the daemon is back, where an
+    /// error would reach the guest: the daemon stops.
+    AtOnce,
+}
+
+/// What a door is made of.
+pub(crate) struct DoorSpec {
+    /// Whose attachment, of what.
+    pub(crate) facts: AttachmentFacts,
+    /// The export's name: `customer/name`.
+    pub(crate) export: String,
+    /// The VM's name.
+    pub(crate) vm: String,
+    /// Whether writes are refused.
+    pub(crate) read_only: bool,
+    /// Bound, listening, owned by the VM's uid.
+    pub(crate) listener: UnixListener,
+}
+
+/// An open door.
+pub(crate) struct Door {
+    facts: AttachmentFacts,
+    export: String,
+    vm: String,
+    read_only: bool,
+    /// The volume's attachment epoch now.
+    current: Rc<Cell<Epoch>>,
+    closed: Cell<bool>,
+    volume: Rc<Volume>,
+    listener: Listener,
+    sessions: Rc<Sessions>,
+}
+
+impl Door {
+    /// Starts to accept connections.
+    ///
+    /// # Errors
+    /// When the socket cannot be used.
+    pub(crate) fn open(spec: DoorSpec, volume: Rc<Volume>, current: Rc<Cell<Epoch>>) -> Result<Rc<Self>> {
+        let listener = Listener::unix(spec.listener)
+            .map_err(|e| Error::with_source(Kind::Io, "an attachment's socket cannot be used", e))?;
+        let door = Rc::new(Self {
+            facts: spec.facts,
+            export: spec.export,
+            vm: spec.vm,
+            read_only: spec.read_only,
+            current,
+            closed: Cell::new(false),
+            volume,
+            listener,
+            sessions: Sessions::new(),
+        });
+        spawn(door.clone().accept()).detach();
+        Ok(door)
+    }
+
+    /// Live connections.
+    pub(crate) fn connections(&self) -> usize {
+        self.sessions.connections()
+    }
+
+    /// Accepts nobody any more and ends all sessions; when it returns, none of their requests is in flight.
+    pub(crate) async fn close(&self, manner: Manner) {
+        self.closed.set(true);
+        self.listener.close();
+        if manner == Manner::Gently {
+            self.sessions.drain(GENTLE).await;
+        }
+        self.sessions.end_all().await;
+    }
+
+    async fn accept(self: Rc<Self>) {
+        while !self.closed.get() {
+            match self.listener.accept().await {
+                // Closed while the connection was on its way: it is dropped.
+                Ok(_) if self.closed.get() => break,
+                Ok(stream) => self.admit(stream),
+                Err(_) if self.closed.get() => break,
+                Err(e) => {
+                    // Out of descriptors, most likely: the backlog waits, the next look is soon enough.
+                    tracing::warn!(volume = %self.export, vm = %self.vm, "cannot accept a connection: {e}");
+                    sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+
+    fn admit(self: &Rc<Self>, stream: Stream) {
+        let peer = match rustix::net::sockopt::socket_peercred(stream.socket()) {
+            Ok(peer) => peer,
+            Err(e) => {
+                tracing::warn!(volume = %self.export, vm = %self.vm, "a peer without credentials is turned away: {e}");
+                return;
+            }
+        };
+        let (uid, pid) = (peer.uid.as_raw(), peer.pid.as_raw_nonzero());
+        if let Err(why) = tenant::may_connect(&self.facts, uid, self.current.get()) {
+            tracing::warn!(volume = %self.export, vm = %self.vm, uid, pid, "a connection is turned away: {why}");
+            return;
+        }
+        tracing::info!(volume = %self.export, vm = %self.vm, uid, pid, "connected");
+        let exports = Rc::new(Shown {
+            door: self.clone(),
+            peer_uid: uid,
+        });
+        spawn(nbd::serve(stream, exports, self.sessions.clone())).detach();
+    }
+}
+
+/// What one connection may see: its attachment's volume, as long as the attachment stands.
+struct Shown {
+    door: Rc<Door>,
+    peer_uid: u32,
+}
+
+impl Shown {
+    fn description(&self) -> String {
+        format!("volume of VM {}", self.door.vm)
+    }
+}
+
+impl Exports for Shown {
+    fn find(&self, name: &str) -> Option<Export> {
+        let door = &self.door;
+        if door.closed.get()
+            || !tenant::may_find(&door.facts, &door.export, name, self.peer_uid, door.current.get())
+        {
+            tracing::info!(volume = %door.export, vm = %door.vm, "export {name:?} asked for and not shown");
+            return None;
+        }
+        Some(Export {
+            name: door.export.clone(),
+            description: self.description(),
+            read_only: door.read_only,
+            volume: door.volume.clone(),
+        })
+    }
+
+    fn list(&self) -> Vec<(String, String)> {
+        let door = &self.door;
+        match tenant::may_connect(&door.facts, self.peer_uid, door.current.get()) {
+            Ok(()) if !door.closed.get() => vec![(door.export.clone(), self.description())],
+            _ => Vec::new(),
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! What a shard holds: the data paths of stores, the open volumes, and their doors.
+//!
+//! The control plane holds a volume's lock over every change here, so two changes of one volume never overlap.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use libvol::crypto::seal::Sealer;
+use libvol::ids::{DatasetId, Epoch, KeyVersion, StoreId, VolumeId};
+use libvol::secret::Secret;
+use libvol::store::{StoreHandle, StoreIo};
+use libvol::volume::{Volume, VolumeSpec, VolumeStats};
+use libvol::{Error, Result};
+
+use super::door::{Door, DoorSpec, Manner};
+
+/// What opening a volume takes, in a form that may cross threads.
+pub(crate) struct OpenSpec {
+    /// Its id.
+    pub(crate) id: VolumeId,
+    /// For messages: `customer/name`.
+    pub(crate) label: String,
+    /// Scope of its key.
+    pub(crate) dataset: DatasetId,
+    /// Size in bytes.
+    pub(crate) size_bytes: u64,
+    /// The data key.
+    pub(crate) key: Secret<64>,
+    /// Its version.
+    pub(crate) key_version: KeyVersion,
+    /// The replicas' stores.
+    pub(crate) stores: Vec<StoreHandle>,
+}
+
+/// An open volume's state for people.
+#[derive(Clone, Debug)]
+pub(crate) struct Report {
+    /// Counters.
+    pub(crate) stats: VolumeStats,
+    /// Why it has stopped.
+    pub(crate) failure: Option<String>,
+    /// Live connections.
+    pub(crate) connections: usize,
+    /// Whether it has a door: an attachment is served.
+    pub(crate) served: bool,
+}
+
+/// Stores and volumes of one shard.
+#[derive(Default)]
+pub(crate) struct Registry {
+    stores: RefCell<HashMap<StoreId, Rc<StoreIo>>>,
+    volumes: RefCell<HashMap<VolumeId, Entry>>,
+}
+
+struct Entry {
+    volume: Rc<Volume>,
+    /// The volume's attachment epoch, as sessions are judged by. Raised first when an attachment ends.
+    epoch: Rc<Cell<Epoch>>,
+    door: Option<Rc<Door>>,
+}
+
+impl Registry {
+    /// Opens a volume, unless it is open.
+    ///
+    /// # Errors
+    /// As [`Volume::open`].
+    pub(crate) async fn open(&self, spec: OpenSpec) -> Result<()> {
+        if self.volumes.borrow().contains_key(&spec.id) {
+            return Ok(());
+        }
+        let replicas = spec
+            .stores
+            .iter()
+            .map(|store| self.store_io(store))
+            .collect::<Result<Vec<_>>>()?;
+        let sealer = Sealer::new(spec.dataset, &spec.key)?;
+        // From here on the key lives in the cipher's schedule only.
+        drop(spec.key);
+        let volume = Volume::open(VolumeSpec {
+            id: spec.id,
+            label: spec.label,
+            dataset: spec.dataset,
+            size_bytes: spec.size_bytes,
+            sealer,
+            key_version: spec.key_version,
+            replicas,
+        })
+        .await?;
+        let entry = Entry {
+            volume,
+            epoch: Rc::default(),
+            door: None,
+        };
+        let earlier = self.volumes.borrow_mut().insert(spec.id, entry);
+        assert!(earlier.is_none(), "the volume's lock is held over its opening");
+        Ok(())
+    }
+
+    /// Lets the VM of an attachment in.
+    ///
+    /// # Errors
+    /// When the socket cannot be used.
+    pub(crate) fn open_door(&self, spec: DoorSpec) -> Result<()> {
+        let id = spec.facts.volume;
+        let mut volumes = self.volumes.borrow_mut();
+        let entry = volumes
+            .get_mut(&id)
+            .ok_or_else(|| Error::internal(format!("volume {id} is not open on its shard")))?;
+        assert!(entry.door.is_none(), "one attachment a volume");
+        entry.epoch.set(spec.facts.epoch);
+        entry.door = Some(Door::open(spec, entry.volume.clone(), entry.epoch.clone())?);
+        Ok(())
+    }
+
+    /// Ends the attachment's sessions: from `epoch` on nothing of it is let in, and when this returns, nothing of it is
+    /// in flight (I3).
+    pub(crate) async fn close_door(&self, id: VolumeId, epoch: Epoch) {
+        let door = {
+            let mut volumes = self.volumes.borrow_mut();
+            let Some(entry) = volumes.get_mut(&id) else { return };
+            entry.epoch.set(epoch);
+            entry.door.take()
+        };
+        if let Some(door) = door {
+            door.close(Manner::Gently).await;
+        }
+    }
+
+    /// Closes a volume, its sessions first if it has any (the daemon stops): flushed, clean, gone from here.
+    ///
+    /// # Errors
+    /// As [`Volume::close`]; the volume is gone from here all the same, and its next open recovers.
+    pub(crate) async fn close(&self, id: VolumeId) -> Result<()> {
+        let Some(entry) = self.volumes.borrow_mut().remove(&id) else {
+            return Ok(());
+        };
+        if let Some(door) = &entry.door {
+            door.close(Manner::AtOnce).await;
+        }
+        entry.volume.close().await
+    }
+
+    /// Ends a volume's I/O without cleaning: it is about to be destroyed.
+    pub(crate) async fn abandon(&self, id: VolumeId) {
+        let Some(entry) = self.volumes.borrow_mut().remove(&id) else {
+            return;
+        };
+        assert!(entry.door.is_none(), "an attached volume is not destroyed");
+        entry.volume.abandon().await;
+    }
+
+    /// The new size is durable.
+    pub(crate) fn grow(&self, id: VolumeId, size_bytes: u64) {
+        if let Some(entry) = self.volumes.borrow().get(&id) {
+            entry.volume.grow(size_bytes);
+        }
+    }
+
+    /// How an open volume fares; `None` when it is not open.
+    pub(crate) fn report(&self, id: VolumeId) -> Option<Report> {
+        let volumes = self.volumes.borrow();
+        let entry = volumes.get(&id)?;
+        Some(Report {
+            stats: entry.volume.stats(),
+            failure: entry.volume.failure(),
+            connections: entry.door.as_ref().map_or(0, |door| door.connections()),
+            served: entry.door.is_some(),
+        })
+    }
+
+    /// All open volumes.
+    pub(crate) fn open_volumes(&self) -> Vec<VolumeId> {
+        self.volumes.borrow().keys().copied().collect()
+    }
+
+    /// Lets a store's data path go; no open volume uses it.
+    pub(crate) fn forget_store(&self, id: StoreId) {
+        self.stores.borrow_mut().remove(&id);
+    }
+
+    fn store_io(&self, handle: &StoreHandle) -> Result<Rc<StoreIo>> {
+        let id = handle.info().id;
+        if let Some(io) = self.stores.borrow().get(&id) {
+            return Ok(io.clone());
+        }
+        let io = StoreIo::attach(handle)?;
+        self.stores.borrow_mut().insert(id, io.clone());
+        Ok(io)
+    }
+}
