@@ -1,0 +1,203 @@
+//! `volctl attach`, `detach` and `attachment list`: which volume is given to which VM, and how to reach it.
+
+use clap::{Args, Subcommand, ValueEnum};
+use libvol::control::{Attach, Attachment, Detach, Done, List, Protocol};
+use libvol::ids::{Name, VolumePath};
+
+use crate::Session;
+use crate::failure::{Failure, one_line};
+use crate::render::{Column, Human, Row, facts, word};
+
+/// What to do with attachments.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// All attachments
+    List,
+}
+
+/// Arguments of `attach`.
+#[derive(Debug, Args)]
+pub(crate) struct AttachArgs {
+    /// The volume
+    #[arg(value_name = "CUSTOMER/NAME")]
+    volume: VolumePath,
+    /// The VM, of the same customer
+    #[arg(long, value_name = "VM")]
+    vm: Name,
+    /// Data protocol
+    #[arg(long, value_enum, default_value_t = Via::Nbd)]
+    via: Via,
+    /// Refuse writes
+    #[arg(long)]
+    read_only: bool,
+}
+
+/// Arguments of `detach`.
+#[derive(Debug, Args)]
+pub(crate) struct DetachArgs {
+    /// The volume
+    #[arg(value_name = "CUSTOMER/NAME")]
+    volume: VolumePath,
+    /// The VM it is attached to
+    #[arg(long, value_name = "VM")]
+    vm: Name,
+}
+
+/// Data protocols, as the command line spells them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Via {
+    /// NBD over a Unix socket
+    Nbd,
+    /// vhost-user-blk
+    VhostUser,
+}
+
+/// Carries out `attachment`.
+pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failure> {
+    match command {
+        Command::List => session.show(&session.client.get::<List<Attachment>>("/v1/attachments").await?),
+    }
+}
+
+/// Carries out `attach`.
+pub(crate) async fn attach(session: &Session, args: AttachArgs) -> Result<(), Failure> {
+    let body = Attach {
+        volume: args.volume,
+        vm: args.vm,
+        via: match args.via {
+            Via::Nbd => Protocol::Nbd,
+            Via::VhostUser => Protocol::VhostUser,
+        },
+        read_only: args.read_only,
+    };
+    session.show(
+        &session
+            .client
+            .post::<Attachment>("/v1/attachments", &body)
+            .await?,
+    )
+}
+
+/// Carries out `detach`.
+pub(crate) async fn detach(session: &Session, args: DetachArgs) -> Result<(), Failure> {
+    let body = Detach {
+        volume: args.volume,
+        vm: args.vm,
+    };
+    let done: Done = session.client.post("/v1/detach", &body).await?;
+    session.done(
+        &done,
+        &format!("volume \"{}\" detached from VM \"{}\"", body.volume, body.vm),
+    )
+}
+
+/// One argument as a POSIX shell reads it back.
+fn quoted(argument: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,+@%".contains(c);
+    if !argument.is_empty() && argument.chars().all(plain) {
+        return argument.to_owned();
+    }
+    format!("'{}'", argument.replace('\'', r"'\''"))
+}
+
+fn access(read_only: bool) -> String {
+    if read_only { "read-only" } else { "read-write" }.into()
+}
+
+impl Row for Attachment {
+    const COLUMNS: &'static [Column] = &[
+        Column::Text("VOLUME"),
+        Column::Text("VM"),
+        Column::Text("PROTOCOL"),
+        Column::Text("ACCESS"),
+        Column::Number("CONNECTIONS"),
+        Column::Text("SOCKET"),
+    ];
+    const NONE: &'static str = "nothing is attached; attach a volume: volctl attach CUSTOMER/NAME --vm VM";
+
+    fn cells(&self) -> Vec<String> {
+        vec![
+            self.volume.to_string(),
+            self.vm.to_string(),
+            word(&self.protocol),
+            access(self.read_only),
+            self.connections.to_string(),
+            self.socket.clone(),
+        ]
+    }
+}
+
+impl Human for Attachment {
+    fn human(&self) -> String {
+        let arguments: Vec<String> = self.qemu_args.iter().map(|a| quoted(&one_line(a))).collect();
+        facts(&[
+            ("Volume", Some(self.volume.to_string())),
+            ("VM", Some(self.vm.to_string())),
+            ("Attachment", Some(self.attachment_id.to_string())),
+            ("Epoch", Some(self.epoch.to_string())),
+            ("Protocol", Some(word(&self.protocol))),
+            ("Access", Some(access(self.read_only))),
+            ("URI", self.uri.clone()),
+            ("Socket", Some(self.socket.clone())),
+            ("QEMU", Some(arguments.join(" "))),
+        ])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use libvol::ids::AttachmentId;
+
+    fn attachment() -> Attachment {
+        Attachment {
+            attachment_id: AttachmentId::NIL,
+            volume: "acme/web".parse().unwrap(),
+            vm: "vm1".parse().unwrap(),
+            epoch: 2,
+            protocol: Protocol::Nbd,
+            read_only: false,
+            uri: Some("nbd+unix:///acme/web?socket=/run/v/a.sock".into()),
+            socket: "/run/v/a.sock".into(),
+            qemu_args: vec![
+                "-blockdev".into(),
+                r#"{"driver":"nbd"}"#.into(),
+                "-device".into(),
+                "virtio-blk-pci,drive=a".into(),
+            ],
+            connections: 0,
+        }
+    }
+
+    #[test]
+    fn an_attachment_shows_its_uri_and_qemu_arguments_that_a_shell_reads_back() {
+        let text = attachment().human();
+        assert!(
+            text.contains("URI         nbd+unix:///acme/web?socket=/run/v/a.sock\n"),
+            "{text}"
+        );
+        let qemu = r#"QEMU        -blockdev '{"driver":"nbd"}' -device virtio-blk-pci,drive=a"#;
+        assert!(text.ends_with(qemu), "{text}");
+    }
+
+    #[test]
+    fn quoting_keeps_every_argument_whole() {
+        for (argument, shell) in [
+            ("a.b", "a.b"),
+            ("", "''"),
+            ("a b", "'a b'"),
+            ("it's", r"'it'\''s'"),
+            ("$x", "'$x'"),
+        ] {
+            assert_eq!(quoted(argument), shell);
+        }
+    }
+
+    #[test]
+    fn json_has_the_field_names_that_programs_rely_on() {
+        let json: serde_json::Value = serde_json::from_str(&crate::render::json(&attachment())).unwrap();
+        for field in ["attachment_id", "protocol", "uri", "socket", "qemu_args"] {
+            assert!(json.get(field).is_some(), "{field}: {json}");
+        }
+    }
+}
