@@ -1,0 +1,176 @@
+//! The loads, run by fio: its nbd engine against a server's socket, io_uring against a raw file.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use vold_tests::tools::{output, texts, tool};
+
+use crate::figures::Sample;
+use crate::server::CpuClock;
+
+/// One row of the table.
+#[derive(Clone, Copy, Debug)]
+pub struct Load {
+    /// Its name.
+    pub name: &'static str,
+    /// fio's `rw`.
+    pub rw: &'static str,
+    /// Request size in bytes.
+    pub block_bytes: u64,
+    /// Requests in flight.
+    pub depth: u32,
+}
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+
+/// All rows: the random 4 KiB loads of databases and boot disks, deep and alone; the streams of copies.
+pub const LOADS: [Load; 6] = [
+    Load {
+        name: "4k randread d32",
+        rw: "randread",
+        block_bytes: 4 * KIB,
+        depth: 32,
+    },
+    Load {
+        name: "4k randwrite d32",
+        rw: "randwrite",
+        block_bytes: 4 * KIB,
+        depth: 32,
+    },
+    Load {
+        name: "4k randread d1",
+        rw: "randread",
+        block_bytes: 4 * KIB,
+        depth: 1,
+    },
+    Load {
+        name: "4k randwrite d1",
+        rw: "randwrite",
+        block_bytes: 4 * KIB,
+        depth: 1,
+    },
+    Load {
+        name: "1M read d8",
+        rw: "read",
+        block_bytes: MIB,
+        depth: 8,
+    },
+    Load {
+        name: "1M write d8",
+        rw: "write",
+        block_bytes: MIB,
+        depth: 8,
+    },
+];
+
+/// Writes everything once, from first to last byte.
+pub const FILL: Load = Load {
+    name: "first write, 1M d8",
+    rw: "write",
+    block_bytes: MIB,
+    depth: 8,
+};
+
+/// Where the load goes.
+#[derive(Clone, Debug)]
+pub enum Target {
+    /// An NBD export.
+    Nbd(String),
+    /// A file, around all servers.
+    File(std::path::PathBuf),
+}
+
+/// How long to run.
+#[derive(Clone, Copy, Debug)]
+pub enum Duration {
+    /// Seconds.
+    Seconds(u32),
+    /// Until every byte has been touched once.
+    Once,
+}
+
+/// Runs a load; `clock` is that of the server's process.
+///
+/// # Errors
+/// fio's, with what it said.
+pub fn run(
+    load: Load,
+    target: &Target,
+    size_bytes: u64,
+    duration: Duration,
+    clock: Option<&CpuClock>,
+    scratch: &Path,
+) -> Result<Sample> {
+    let mut fio = tool("fio");
+    fio.current_dir(scratch).args([
+        "--name=load",
+        "--output-format=json",
+        "--randrepeat=0",
+        "--norandommap",
+        "--group_reporting",
+    ]);
+    match target {
+        Target::Nbd(uri) => fio.arg("--ioengine=nbd").arg(format!("--uri={uri}")),
+        Target::File(path) => fio
+            .args(["--ioengine=io_uring", "--direct=1"])
+            .arg(format!("--filename={}", path.display())),
+    };
+    fio.arg(format!("--rw={}", load.rw))
+        .arg(format!("--bs={}", load.block_bytes))
+        .arg(format!("--iodepth={}", load.depth))
+        .arg(format!("--size={size_bytes}"));
+    match duration {
+        Duration::Seconds(seconds) => {
+            fio.args(["--time_based".into(), format!("--runtime={seconds}")]);
+        }
+        Duration::Once => {
+            fio.args(["--refill_buffers", "--end_fsync=1"]);
+        }
+    }
+    let before = clock.map(CpuClock::seconds).transpose()?;
+    let output = output(&mut fio);
+    let after = clock.map(CpuClock::seconds).transpose()?;
+    let (out, err) = texts(&output);
+    if !output.status.success() {
+        bail!("{}: fio failed: {}", load.name, err.trim());
+    }
+    let json = &out[out
+        .find('{')
+        .with_context(|| format!("fio printed no JSON: {out}{err}"))?..];
+    let json: Value = serde_json::from_str(json).context("fio's JSON")?;
+    let job = &json["jobs"][0];
+    if job["error"] != 0 {
+        bail!(
+            "{}: fio reports error {}: {}",
+            load.name,
+            job["error"],
+            err.trim()
+        );
+    }
+    let side = if load.rw.ends_with("read") {
+        "read"
+    } else {
+        "write"
+    };
+    let figures = &job[side];
+    let number = |value: &Value, name: &str| {
+        value
+            .as_f64()
+            .with_context(|| format!("fio's JSON has no {side}.{name}"))
+    };
+    let percentile = |which: &str| -> Result<f64> {
+        Ok(number(&figures["clat_ns"]["percentile"][which], which)? / 1000.0)
+    };
+    let requests = number(&figures["total_ios"], "total_ios")?;
+    Ok(Sample {
+        iops: number(&figures["iops"], "iops")?,
+        mb_per_s: number(&figures["bw_bytes"], "bw_bytes")? / 1e6,
+        p50_us: percentile("50.000000")?,
+        p99_us: percentile("99.000000")?,
+        cpu_us: before
+            .zip(after)
+            .map(|(before, after)| (after - before) * 1e6 / requests),
+    })
+}
