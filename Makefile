@@ -1,0 +1,40 @@
+# Everything a checkout needs: make help. Each target calls cargo and small scripts, installs what it needs from the
+# distribution and says what it does.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+SAY := printf '\n== %s\n'
+
+.PHONY: help setup build demo test test-full bench fmt clippy
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: ## Install missing Debian or Ubuntu packages (build tools and the clients that tests use)
+	@scripts/setup.sh
+
+build: setup ## Build vold, volctl and the tests
+	@$(SAY) "building (cargo build --workspace)"
+	cargo build --workspace --locked
+
+demo: build ## Show the main job on real data, end to end, in under two minutes
+	@scripts/demo.sh target/debug
+
+test: build ## Format, lints, unit, property and end-to-end tests; within 8 minutes after the build
+	@scripts/test.sh quick
+
+test-full: build ## The same tests, longer and larger
+	@scripts/test.sh full
+
+bench: setup ## Compare with qemu-storage-daemon in one run; BENCH="--rounds 5 --only randread" passes options
+	@$(SAY) "building with optimisation (cargo build --release)"
+	cargo build --release --locked --bin vold --bin volctl --bin compare
+	target/release/compare $(BENCH)
+
+fmt: ## Format the sources
+	cargo fmt --all
+
+clippy: ## Lints, as make test runs them
+	cargo clippy --workspace --all-targets --locked -- -D warnings
