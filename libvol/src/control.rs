@@ -285,6 +285,8 @@ pub struct Volume {
     pub attached_to: Option<Name>,
     /// Blocks found damaged and repaired since the daemon started.
     pub healed_blocks: u64,
+    /// Checksum areas found damaged on a replica and repaired since the daemon started.
+    pub healed_areas: u64,
     /// Blocks accepted after a crash without a matching checksum.
     pub unverified_blocks: u64,
     /// Extents still to be reconciled after a crash.

@@ -46,7 +46,8 @@ fn fixed_block_sizes_from_a_sector_to_a_mebibyte_verify(setup: Setup) {
 }
 
 /// (Fully random offsets with a mixture of reads confuse fio's own bookkeeping: it then also fails against memory. So reads
-/// are mixed in where blocks do not overlap, and writes may begin anywhere.)
+/// are mixed in where blocks do not overlap, and writes may begin anywhere. Of overlapping writes in flight at once either
+/// may come last, in parts, so fio is told to keep one back.)
 fn mixed_and_unaligned_block_sizes_verify(setup: Setup) {
     let (vold, uri) = setup.volume("64M");
     let size = scale("--size=12M", "--size=64M");
@@ -57,6 +58,7 @@ fn mixed_and_unaligned_block_sizes_verify(setup: Setup) {
             "--bsrange=512-1M",
             "--bs_unaligned",
             "--blockalign=1",
+            "--serialize_overlap=1",
         ],
         &["--rw=randrw", "--bs=4999"],
         &["--rw=randrw", "--bs=777", "--io_size=2M"],

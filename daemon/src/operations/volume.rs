@@ -436,6 +436,7 @@ impl Operations {
             allocated_bytes,
             attached_to: attachment.map(|(_, vm)| vm.name),
             healed_blocks: stats.healed_blocks,
+            healed_areas: stats.healed_areas,
             unverified_blocks: stats.unverified_blocks,
             recovering_extents: stats.recovering_extents,
             created_unix_seconds: record.created_unix_seconds,

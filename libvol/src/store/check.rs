@@ -112,6 +112,16 @@ pub struct ExtentReport {
     pub at: u64,
 }
 
+impl VolumeReport {
+    /// What people call the volume: its path where a slot tells it, and its id.
+    fn label(&self, id: VolumeId) -> String {
+        match &self.slot {
+            Some(slot) => format!("{}/{} ({id})", slot.customer_name, slot.volume_name),
+            None => id.to_string(),
+        }
+    }
+}
+
 impl CheckReport {
     /// Whether nothing is damaged.
     pub fn is_clean(&self) -> bool {
@@ -186,6 +196,16 @@ async fn check_extents(
 ) {
     let owners: BTreeMap<DatasetId, VolumeId> =
         report.volumes.iter().map(|(id, v)| (v.dataset, *id)).collect();
+    let labels: BTreeMap<DatasetId, String> = report
+        .volumes
+        .iter()
+        .map(|(id, v)| (v.dataset, format!("volume {}", v.label(*id))))
+        .collect();
+    let owner = |dataset: DatasetId| match labels.get(&dataset) {
+        Some(label) => label.clone(),
+        None => format!("dataset {dataset}"),
+    };
+    let owner = &owner;
     let dead = |dataset| books.is_dead(dataset);
     let known = (0..layout.extents).map(PhysicalExtent);
     let known = known.filter(|extent| !books.quarantine().contains_key(extent));
@@ -194,7 +214,10 @@ async fn check_extents(
         match record.state {
             ExtentState::PendingScrub => None,
             ExtentState::Free if scope == CheckScope::Quick => None,
-            _ => Some(async move { (extent, record, check_extent(disk, layout, extent, &record).await) }),
+            _ => Some(async move {
+                let checked = check_extent(disk, layout, extent, &record, &owner(record.dataset)).await;
+                (extent, record, checked)
+            }),
         }
     });
     let mut results = stream::iter(checks).buffer_unordered(EXTENTS_AT_A_TIME);
@@ -233,7 +256,8 @@ async fn check_extents(
     for (id, volume) in &report.volumes {
         if !volume.dirty.is_empty() {
             let text = format!(
-                "volume {id}: {} extents need recovery after an unclean stop",
+                "volume {}: {} extents need recovery after an unclean stop",
+                volume.label(*id),
                 volume.dirty.len()
             );
             report.findings.push(Finding::note(text));
@@ -241,12 +265,13 @@ async fn check_extents(
     }
 }
 
-/// Holds one extent's data to its record. The sums come back where they are valid.
+/// Holds one extent's data to its record; `owner` is whose it is, for people. The sums come back where they are valid.
 async fn check_extent(
     disk: &Disk,
     layout: &Layout,
     extent: PhysicalExtent,
     record: &super::record::ExtentRecord,
+    owner: &str,
 ) -> (Vec<Finding>, Option<Box<[u32]>>) {
     let area = match read(disk, layout.sums_at(extent), layout.sum_area_bytes() as usize).await {
         Ok(area) => area,
@@ -272,7 +297,9 @@ async fn check_extent(
             SumAreaRead::Blank => vec![HOLE; blocks].into(),
             SumAreaRead::Damaged(why) => {
                 return (
-                    vec![Finding::damage(format!("extent {extent}: checksum area: {why}"))],
+                    vec![Finding::damage(format!(
+                        "extent {extent}: checksum area, of {owner}: {why}"
+                    ))],
                     None,
                 );
             }
@@ -299,10 +326,7 @@ async fn check_extent(
             if wrong <= BLOCKS_NAMED {
                 let what = match record.state {
                     ExtentState::Free => "free, and not zero".to_owned(),
-                    _ => format!(
-                        "block {index} of dataset {} does not match its checksum",
-                        record.dataset
-                    ),
+                    _ => format!("block {index} of {owner} does not match its checksum"),
                 };
                 let at = at + (i * BLOCK_SIZE) as u64;
                 findings.push(Finding::damage(format!("extent {extent}, byte {at}: {what}")));
@@ -361,6 +385,7 @@ struct Side<'a> {
 async fn compare(volume: VolumeId, pair: &[Side<'_>; 2], findings: &mut Vec<Finding>) {
     let [a, b] = pair;
     let stores = format!("stores \"{}\" and \"{}\"", a.report.name, b.report.name);
+    let volume = a.volume.label(volume);
     if a.volume.dataset != b.volume.dataset {
         findings.push(Finding::damage(format!(
             "volume {volume}: {stores} have different datasets for it"

@@ -113,6 +113,8 @@ pub(super) struct Core {
     /// Blocks without a good copy, by number within the volume.
     pub(super) lost: RefCell<BTreeSet<u64>>,
     pub(super) healed: Cell<u64>,
+    /// Extents whose checksum areas are written anew because a replica's was damaged or old.
+    pub(super) healed_areas: Cell<u64>,
     pub(super) unverified: Cell<u64>,
     pub(super) allocated: Cell<u64>,
     pub(super) recovering: Cell<u64>,
@@ -179,6 +181,7 @@ impl Core {
             sequence_at: Cell::new((u32::MAX - 1, 0)),
             lost: RefCell::default(),
             healed: Cell::new(0),
+            healed_areas: Cell::new(0),
             unverified: Cell::new(0),
             allocated: Cell::new(0),
             recovering: Cell::new(0),
@@ -415,6 +418,7 @@ impl Core {
         VolumeStats {
             allocated_extents: self.allocated.get(),
             healed_blocks: self.healed.get(),
+            healed_areas: self.healed_areas.get(),
             lost_blocks: self.lost.borrow().len() as u64,
             unverified_blocks: self.unverified.get(),
             recovering_extents: self.recovering.get(),

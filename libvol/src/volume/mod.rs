@@ -104,6 +104,8 @@ pub struct VolumeStats {
     pub allocated_extents: u64,
     /// Blocks found damaged and rewritten from a good copy.
     pub healed_blocks: u64,
+    /// Checksum areas found damaged or old on a replica, and marked to be written anew from another's.
+    pub healed_areas: u64,
     /// Blocks no replica has a good copy of, as far as read.
     pub lost_blocks: u64,
     /// Blocks accepted by recovery without a matching checksum.

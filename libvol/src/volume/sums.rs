@@ -206,7 +206,9 @@ impl Core {
         let (core, index) = (self.clone(), extent.index);
         crate::runtime::spawn(async move {
             // A volume that stops, or a store without room for a mark, leaves it to the next load.
-            let _ = core.writable_if_present(index).await;
+            if let Ok(Some(_)) = core.writable_if_present(index).await {
+                core.healed_areas.set(core.healed_areas.get() + 1);
+            }
             drop(in_flight);
         })
         .detach();
