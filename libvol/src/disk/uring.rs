@@ -31,6 +31,10 @@ use crate::runtime::{Done, Driver, FileSlot, Op, OpKey, Unpark, Wait};
 const SUBMISSIONS: u32 = 512;
 /// Completions that wait to be collected: eight full submission queues. Beyond that the kernel keeps them in a list.
 const COMPLETIONS: u32 = 8 * SUBMISSIONS;
+/// Completions delivered with one turn, at most. Taking all there are puts server and client into lockstep: one works on a
+/// long batch while the other, and then the disk, has nothing to do. Measured with fio at depth 32 on two cores, random
+/// reads: 4 gives 72,000 a second, 2 and 8 give 65,000, no limit 61,000.
+const COMPLETIONS_A_TURN: usize = 4;
 /// Message headers kept for reuse: one for each of many connections, 16 KiB of pieces each at most.
 const SPARE_MESSAGES: usize = 64;
 /// An operation that the kernel turned away for the moment is started again this often before its task is told.
@@ -371,7 +375,7 @@ impl Core {
         }
     }
 
-    /// Takes all completions, and starts again what the kernel turned away.
+    /// Takes the next completions, and starts again what the kernel turned away. Those left over end the next wait at once.
     fn collect(&mut self) {
         self.collect_only();
         while let Some(key) = self.again.pop() {
@@ -398,7 +402,7 @@ impl Core {
             ..
         } = self;
         let mut idle_files = Vec::new();
-        for completion in ring.completion() {
+        for completion in ring.completion().take(COMPLETIONS_A_TURN) {
             let result = completion.result();
             let key = match completion.user_data() {
                 CANCEL => continue,
