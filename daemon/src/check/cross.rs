@@ -226,10 +226,7 @@ mod tests {
             size_bytes: 8192,
             replicas: stores
                 .iter()
-                .map(|store| ReplicaRecord {
-                    store: store.id,
-                    state: Member::InSync,
-                })
+                .map(|store| ReplicaRecord::in_sync(store.id))
                 .collect(),
             membership_epoch: Epoch(1),
             attachment_epoch: Epoch(3),

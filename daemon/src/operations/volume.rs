@@ -83,10 +83,7 @@ impl Operations {
                 size_bytes: request.size_bytes,
                 replicas: stores
                     .into_iter()
-                    .map(|store| ReplicaRecord {
-                        store,
-                        state: Member::InSync,
-                    })
+                    .map(ReplicaRecord::in_sync)
                     .collect(),
                 membership_epoch: Epoch(1),
                 attachment_epoch: Epoch(0),

@@ -85,12 +85,30 @@ pub enum Phase {
 }
 
 /// One replica of a volume.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReplicaRecord {
     /// On which store.
     pub store: StoreId,
     /// Its membership state.
     pub state: Member,
+    /// Nothing it holds can be relied on (an old copy of its store, or a new replica): resync copies everything.
+    #[serde(default)]
+    pub full_copy: bool,
+    /// Why it is not in sync, for people.
+    #[serde(default)]
+    pub reason: Option<String>,
+}
+
+impl ReplicaRecord {
+    /// A replica that holds every acknowledged write.
+    pub fn in_sync(store: StoreId) -> Self {
+        Self {
+            store,
+            state: Member::InSync,
+            full_copy: false,
+            reason: None,
+        }
+    }
 }
 
 /// A volume.
