@@ -105,6 +105,70 @@ numbers! {
     KeyVersion u32,
 }
 
+/// A set of a volume's replicas: bit `i` is the replica at place `i` of the slot's list of stores.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct ReplicaSet(pub u8);
+
+impl ReplicaSet {
+    /// No replica.
+    pub const NONE: Self = Self(0);
+
+    /// Only that one.
+    pub fn only(replica: usize) -> Self {
+        Self(1 << replica)
+    }
+
+    /// Whether it is in the set.
+    pub fn contains(self, replica: usize) -> bool {
+        self.0 >> replica & 1 == 1
+    }
+
+    /// With it.
+    #[must_use]
+    pub fn with(self, replica: usize) -> Self {
+        Self(self.0 | 1 << replica)
+    }
+
+    /// Without it.
+    #[must_use]
+    pub fn without(self, replica: usize) -> Self {
+        Self(self.0 & !(1 << replica))
+    }
+
+    /// Those of either.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// Those of both.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// Those that are not in `other`.
+    #[must_use]
+    pub fn minus(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+
+    /// How many.
+    pub fn len(self) -> usize {
+        self.0.count_ones() as usize
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Its members, ascending.
+    pub fn iter(self) -> impl Iterator<Item = usize> {
+        (0..8).filter(move |replica| self.contains(*replica))
+    }
+}
+
 /// Longest customer, VM, volume or store name.
 pub const NAME_BYTES_MAX: usize = 63;
 

@@ -14,6 +14,9 @@ pub const VOLUME_BYTES_MAX: u64 = 64 << 40;
 /// Replicas of one volume, each in a zone of its own.
 pub const REPLICAS_MAX: usize = 3;
 
+/// Places for replicas that a volume has: one more than replicas, for the time one moves to another store.
+pub const VOLUME_PLACES_MAX: usize = REPLICAS_MAX + 1;
+
 /// Default extent: 4 MiB, so a checksum area is 4 KiB of sums and one header sector, rounded up to 8 KiB (0.2 %).
 pub const EXTENT_BYTES_DEFAULT: u64 = 4 << 20;
 /// Smallest extent a store can be created with.
@@ -72,5 +75,9 @@ pub const VOLUME_EXTENTS_PER_COMMIT: usize = 64;
 pub const VOLUME_EXTENTS_AHEAD: u32 = 8;
 /// Extents of one volume that are reconciled at a time after a crash.
 pub const VOLUME_RECOVERY_EXTENTS: usize = 4;
+/// Extents of one volume that a replica catches up with at a time; each is read, compared and written whole, so 8 MiB.
+pub const VOLUME_RESYNC_EXTENTS: usize = 2;
+/// A request to a replica that has not ended by then counts as failed.
+pub const REPLICA_DEADLINE_SECONDS: u64 = 30;
 /// Blocks without a good copy that one volume remembers for its counter.
 pub const VOLUME_LOST_BLOCKS_MAX: usize = 65_536;

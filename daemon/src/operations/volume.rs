@@ -229,10 +229,13 @@ impl Operations {
     pub(super) async fn set_size(&self, record: &VolumeRecord, size: u64) -> Result<()> {
         let id = record.id;
         for handle in self.replica_stores(record)? {
-            let facts = store_record(record, size);
+            let grown = Change::SetSize {
+                volume: id,
+                size_bytes: size,
+            };
             self.shards
                 .of_store(handle.info().id)
-                .call(move |_| async move { handle.commit(vec![Change::SetVolume(facts)]).await })
+                .call(move |_| async move { handle.commit(vec![grown]).await })
                 .await?;
         }
         self.change(|tx| {

@@ -11,7 +11,7 @@ use super::record::{ExtentRecord, ExtentState, MEMBERS_MAX, Tombstone, VolumeEnt
 use super::table::Record;
 use super::{Change, VolumeRecord};
 use crate::error::{Error, Result};
-use crate::ids::{DatasetId, ExtentIndex, PhysicalExtent};
+use crate::ids::{DatasetId, ExtentIndex, PhysicalExtent, ReplicaSet, VolumeId};
 use crate::limits::DIRTY_MARKS_PER_STORE;
 
 /// One step of a transaction: what volumes may ask for, and what only the store itself does.
@@ -187,14 +187,15 @@ impl Transaction<'_> {
                     ExtentRecord {
                         state: ExtentState::Allocated,
                         dirty: true,
+                        missed_by: ReplicaSet::NONE,
                         dataset: *dataset,
                         logical: *logical,
                         key_version: *key_version,
                     },
                 );
             }
-            Change::Mark(physical) => self.mark(*physical, true)?,
-            Change::ClearMark(physical) => self.mark(*physical, false)?,
+            Change::Mark(physical) => self.mark(*physical, true, None)?,
+            Change::ClearMark { physical, missed_by } => self.mark(*physical, false, Some(*missed_by))?,
             Change::Release(physical) => {
                 let record = self.extent(*physical)?;
                 expect(*physical, &record, ExtentState::Allocated, "release")?;
@@ -205,6 +206,7 @@ impl Transaction<'_> {
                     ExtentRecord {
                         state: ExtentState::PendingScrub,
                         dirty: false,
+                        missed_by: ReplicaSet::NONE,
                         ..record
                     },
                 );
@@ -212,49 +214,75 @@ impl Transaction<'_> {
             Change::ReleaseDataset(_) => {
                 return Err(Error::internal("ReleaseDataset must be a transaction of its own"));
             }
-            Change::SetVolume(record) => self.set_volume(record)?,
+            Change::SetSize { volume, size_bytes } => self.set_volume(*volume, |record| {
+                record.size_bytes = *size_bytes;
+                Ok(())
+            })?,
+            Change::SetMembers {
+                volume,
+                epoch,
+                members,
+            } => self.set_volume(*volume, |record| {
+                if members.len() > MEMBERS_MAX {
+                    return Err(Error::invalid(format!(
+                        "volume {volume}: more than {MEMBERS_MAX} replicas"
+                    )));
+                }
+                if *epoch < record.membership_epoch {
+                    return Err(Error::refused(format!(
+                        "volume {volume}: membership epoch {epoch} is superseded by {}",
+                        record.membership_epoch
+                    )));
+                }
+                record.membership_epoch = *epoch;
+                record.members.clone_from(members);
+                Ok(())
+            })?,
         }
         Ok(())
     }
 
-    fn mark(&mut self, extent: PhysicalExtent, dirty: bool) -> Result<()> {
+    fn mark(&mut self, extent: PhysicalExtent, dirty: bool, missed_by: Option<ReplicaSet>) -> Result<()> {
         let record = self.extent(extent)?;
         expect(extent, &record, ExtentState::Allocated, "mark")?;
+        let missed_by = missed_by.unwrap_or(record.missed_by);
         if record.dirty != dirty {
             self.dirty_added += if dirty { 1 } else { -1 };
-            self.put(extent, ExtentRecord { dirty, ..record });
+        }
+        if record.dirty != dirty || record.missed_by != missed_by {
+            self.put(
+                extent,
+                ExtentRecord {
+                    dirty,
+                    missed_by,
+                    ..record
+                },
+            );
         }
         Ok(())
     }
 
-    fn set_volume(&mut self, record: &VolumeRecord) -> Result<()> {
-        let volume = record.volume;
+    /// Changes a live volume's record.
+    fn set_volume(
+        &mut self,
+        volume: VolumeId,
+        change: impl FnOnce(&mut VolumeRecord) -> Result<()>,
+    ) -> Result<()> {
         let Some((slot, entry)) = self.books.volume(volume) else {
             return Err(Error::not_found(format!("volume {volume} is not on this store")));
+        };
+        // Another change of it, or its destruction, may be in the same batch, before this.
+        let staged = self.records.get(&slot).or_else(|| self.batch.records.get(&slot));
+        let mut entry = match staged {
+            Some(Record::Volume(Some(staged))) => staged.clone(),
+            _ => entry.clone(),
         };
         if entry.tombstoned {
             return Err(Error::refused(format!(
                 "volume {volume} is being destroyed; its record stays"
             )));
         }
-        if record.members.len() > MEMBERS_MAX {
-            return Err(Error::invalid(format!(
-                "volume {volume}: more than {MEMBERS_MAX} replicas"
-            )));
-        }
-        // A destruction may be in the same batch, before this.
-        if let Some(Record::Volume(Some(staged))) = self.batch.records.get(&slot)
-            && staged.tombstoned
-        {
-            return Err(Error::refused(format!(
-                "volume {volume} is being destroyed; its record stays"
-            )));
-        }
-        let entry = VolumeEntry {
-            record: record.clone(),
-            dataset: entry.dataset,
-            tombstoned: false,
-        };
+        change(&mut entry.record)?;
         self.records.insert(slot, Record::Volume(Some(entry)));
         Ok(())
     }
@@ -468,7 +496,10 @@ mod tests {
             Kind::NoSpace,
             "counts the books"
         );
-        let clear = [Step::Change(Change::ClearMark(got[0]))];
+        let clear = [Step::Change(Change::ClearMark {
+            physical: got[0],
+            missed_by: ReplicaSet::NONE,
+        })];
         assert!(matches!(batch.add(&books, &clear, usize::MAX), Added::Yes));
         assert!(matches!(batch.add(&books, one_more(), usize::MAX), Added::Yes));
     }

@@ -282,6 +282,7 @@ impl Books {
                 logical: record.logical,
                 physical: *physical,
                 dirty: record.dirty,
+                missed_by: record.missed_by,
                 key_version: record.key_version,
             }
         };

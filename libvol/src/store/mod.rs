@@ -48,8 +48,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::disk::Medium;
 use crate::ids::{
-    CustomerId, DatasetId, Epoch, ExtentIndex, InstallationId, KeyVersion, Name, PhysicalExtent, StoreId,
-    VolumeId,
+    CustomerId, DatasetId, Epoch, ExtentIndex, InstallationId, KeyVersion, Name, PhysicalExtent, ReplicaSet,
+    StoreId, VolumeId,
 };
 use crate::keys::WrappedKey;
 
@@ -115,6 +115,8 @@ pub struct ExtentEntry {
     pub physical: PhysicalExtent,
     /// Write-intent mark.
     pub dirty: bool,
+    /// Replicas that lacked writes to it when its mark was last cleared.
+    pub missed_by: ReplicaSet,
     /// Version of the data key its blocks are sealed with.
     pub key_version: KeyVersion,
 }
@@ -138,14 +140,33 @@ pub enum Change {
     },
     /// Sets the write-intent mark of an allocated extent.
     Mark(PhysicalExtent),
-    /// Clears it.
-    ClearMark(PhysicalExtent),
+    /// Clears it, and notes which replicas lack writes to the extent by then.
+    ClearMark {
+        /// The extent.
+        physical: PhysicalExtent,
+        /// Replicas out of sync that have not caught up with it.
+        missed_by: ReplicaSet,
+    },
     /// An allocated extent becomes PendingScrub.
     Release(PhysicalExtent),
     /// All allocated extents of a dataset become PendingScrub (destruction).
     ReleaseDataset(DatasetId),
-    /// The volume's record: size and membership.
-    SetVolume(VolumeRecord),
+    /// The volume's size.
+    SetSize {
+        /// Which volume.
+        volume: VolumeId,
+        /// Its size.
+        size_bytes: u64,
+    },
+    /// The volume's membership. Refused below the epoch that is there (a superseded owner).
+    SetMembers {
+        /// Which volume.
+        volume: VolumeId,
+        /// Membership epoch.
+        epoch: Epoch,
+        /// State of each replica, in the order of the slot's `stores`.
+        members: Vec<Member>,
+    },
 }
 
 /// The mutable facts of a volume that every replica's store carries.
@@ -171,6 +192,8 @@ pub enum Member {
     Stale,
     /// Catching up.
     Resyncing,
+    /// The place is empty: its replica has moved to another store.
+    Vacant,
 }
 
 /// The immutable facts of a volume and its wrapped keys, as its slot has them. Wrapped keys live only here.

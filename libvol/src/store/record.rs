@@ -5,7 +5,7 @@
 use super::layout::RECORD_BYTES;
 use super::wire::structure;
 use super::{Member, VolumeRecord};
-use crate::ids::{DatasetId, Epoch, ExtentIndex, KeyVersion, VolumeId};
+use crate::ids::{DatasetId, Epoch, ExtentIndex, KeyVersion, ReplicaSet, VolumeId};
 
 /// Raw bytes of one record.
 pub(super) type Image = [u8; RECORD_BYTES];
@@ -40,7 +40,8 @@ structure! {
     extent_fields, 64,
     STATE "state" 0 1,
     FLAGS "flags" 1 1,
-    RESERVED_1 "reserved" 2 2,
+    MISSED_BY "missed by" 2 1,
+    RESERVED_1 "reserved" 3 1,
     REFERENCES "reference count" 4 4,
     DATASET "dataset id" 8 16,
     LOGICAL "logical extent" 24 4,
@@ -95,6 +96,8 @@ pub(super) enum ExtentState {
 pub(super) struct ExtentRecord {
     pub(super) state: ExtentState,
     pub(super) dirty: bool,
+    /// Replicas that lack writes to it (beside its being dirty).
+    pub(super) missed_by: ReplicaSet,
     pub(super) dataset: DatasetId,
     pub(super) logical: ExtentIndex,
     pub(super) key_version: KeyVersion,
@@ -104,6 +107,7 @@ impl ExtentRecord {
     pub(super) const FREE: Self = Self {
         state: ExtentState::Free,
         dirty: false,
+        missed_by: ReplicaSet::NONE,
         dataset: DatasetId::NIL,
         logical: ExtentIndex(0),
         key_version: KeyVersion(0),
@@ -119,6 +123,7 @@ impl ExtentRecord {
         };
         f::STATE.put_u8(&mut image, state);
         f::FLAGS.put_u8(&mut image, if self.dirty { DIRTY } else { 0 });
+        f::MISSED_BY.put_u8(&mut image, self.missed_by.0);
         f::REFERENCES.put_u32(&mut image, references);
         f::DATASET.put(&mut image, self.dataset.as_bytes());
         f::LOGICAL.put_u32(&mut image, self.logical.0);
@@ -137,6 +142,7 @@ impl ExtentRecord {
         Some(Self {
             state,
             dirty: f::FLAGS.u8(image) & DIRTY != 0,
+            missed_by: ReplicaSet(f::MISSED_BY.u8(image)),
             dataset: DatasetId::from_bytes(f::DATASET.id(image)),
             logical: ExtentIndex(f::LOGICAL.u32(image)),
             key_version: KeyVersion(f::KEY_VERSION.u32(image)),
@@ -188,6 +194,7 @@ impl VolumeEntry {
                 Member::InSync => 1,
                 Member::Stale => 2,
                 Member::Resyncing => 3,
+                Member::Vacant => 4,
             };
         }
         f::VOLUME.put(&mut image, record.volume.as_bytes());
@@ -212,6 +219,7 @@ impl VolumeEntry {
             1 => Some(Member::InSync),
             2 => Some(Member::Stale),
             3 => Some(Member::Resyncing),
+            4 => Some(Member::Vacant),
             _ => None,
         });
         Some(Some(Self {
@@ -236,6 +244,7 @@ mod tests {
         let extent = ExtentRecord {
             state: ExtentState::Allocated,
             dirty: true,
+            missed_by: ReplicaSet(0b101),
             dataset: DatasetId::random(),
             logical: ExtentIndex(77),
             key_version: KeyVersion(3),

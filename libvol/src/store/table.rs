@@ -12,7 +12,7 @@ use super::layout::{Layout, PAGE_BYTES, RECORD_BYTES, RECORDS_PER_PAGE};
 use super::log::{Entry, Frame};
 use super::record::{ExtentRecord, ExtentState, Image, Tombstone, VolumeEntry};
 use super::wire::{crc32c_without, structure};
-use crate::ids::{DatasetId, ExtentIndex, KeyVersion, PhysicalExtent, StoreId};
+use crate::ids::{DatasetId, ExtentIndex, KeyVersion, PhysicalExtent, ReplicaSet, StoreId};
 
 structure! {
     /// Header of a table page.
@@ -55,6 +55,7 @@ struct Compact {
     key_version: u32,
     state: ExtentState,
     dirty: bool,
+    missed_by: ReplicaSet,
 }
 
 /// What is known of a page on disk.
@@ -109,6 +110,7 @@ impl Table {
             key_version: 0,
             state: extents,
             dirty: false,
+            missed_by: ReplicaSet::NONE,
         };
         Self {
             layout,
@@ -156,6 +158,7 @@ impl Table {
         Some(ExtentRecord {
             state: compact.state,
             dirty: compact.dirty,
+            missed_by: compact.missed_by,
             dataset: self.datasets.ids[compact.dataset as usize],
             logical: ExtentIndex(compact.logical),
             key_version: KeyVersion(compact.key_version),
@@ -211,6 +214,7 @@ impl Table {
                     key_version: extent.key_version.0,
                     state: extent.state,
                     dirty: extent.dirty,
+                    missed_by: extent.missed_by,
                 };
             }
         }
@@ -462,6 +466,7 @@ mod tests {
         Record::Extent(ExtentRecord {
             state: ExtentState::Allocated,
             dirty: false,
+            missed_by: ReplicaSet::NONE,
             dataset,
             logical: ExtentIndex(logical),
             key_version: KeyVersion(1),

@@ -12,10 +12,11 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use super::core::{Core, Each};
-use super::extent::{Extent, ForWrite, Pinned, State};
+use super::core::Core;
+use super::extent::{Extent, ForWrite, Pinned, Places, State};
+use super::replicas::{Each, Role};
 use crate::error::{Error, Kind, Result};
-use crate::ids::{ExtentIndex, PhysicalExtent};
+use crate::ids::{ExtentIndex, PhysicalExtent, ReplicaSet};
 use crate::limits::{VOLUME_EXTENTS_AHEAD, VOLUME_EXTENTS_PER_COMMIT};
 use crate::runtime::{now, sleep, spawn};
 use crate::store::{Change, StoreIo};
@@ -85,7 +86,13 @@ impl Core {
     /// This volume has as many marks as it may: waits for the cleaner.
     async fn wait_for_marks(&self) -> Result<()> {
         let _wanted = MarkWanted::new(self);
-        self.wait_for(|| (!self.marks_full()).then_some(())).await
+        self.wait_for(|| (!self.marks_full() || self.stop.get()).then_some(()))
+            .await?;
+        // Requests end before the cleaner does; a replica that catches up may not have.
+        match self.marks_full() {
+            true => Err(Error::unavailable(format!("volume {} is closing", self.label))),
+            false => Ok(()),
+        }
     }
 
     async fn mark_with_followers(self: &Rc<Self>, extent: &Rc<Extent>) -> Result<()> {
@@ -120,10 +127,9 @@ impl Core {
         let marks_after = self.dirty.borrow().len() + count as usize;
         let scarce = self.marks_wanted.get() > 0
             || marks_after > self.tuning.dirty_extents_max / 2
-            || self
-                .replicas
-                .iter()
-                .any(|io| io.handle().space().free < FREE_EXTENTS_FOR_AHEAD + count);
+            || self.in_sync().iter().any(|replica| {
+                self.seats[replica].io().handle().space().free < FREE_EXTENTS_FOR_AHEAD + count
+            });
         if count == 0 || scarce {
             return Vec::new();
         }
@@ -142,7 +148,7 @@ impl Core {
         let ahead = ahead_for(self.note_sequence(extent.index));
         let batch = self.followers(extent.index, ahead);
         // Half of the way is still ready: later is soon enough, and then for more at once.
-        if (batch.len() as u32) < ahead.div_ceil(2) {
+        if batch.is_empty() || (batch.len() as u32) < ahead.div_ceil(2) {
             return;
         }
         let Ok(in_flight) = self.begin(0, 0) else { return };
@@ -192,7 +198,10 @@ impl Core {
                     self.turn(extent, State::Dirty);
                 }
             }
-            Err(error) if error.kind() == Kind::NoSpace => {
+            // The volume has stopped; whoever waits for these extents hears of it.
+            Err(_) if self.check().is_err() => {}
+            // Nothing was committed, or it was taken back.
+            Err(_) => {
                 for extent in batch {
                     let back = match extent.state.get() {
                         State::Allocating => State::Absent,
@@ -201,75 +210,113 @@ impl Core {
                     self.turn(extent, back);
                 }
             }
-            // The volume has stopped; whoever waits for these extents hears of it.
-            Err(_) => {}
         }
         result
     }
 
     async fn commit_marks(self: &Rc<Self>, batch: &[Rc<Extent>]) -> Result<()> {
-        let is_new = |extent: &&Rc<Extent>| extent.state.get() == State::Allocating;
+        let is_new = |extent: &Rc<Extent>| extent.state.get() == State::Allocating;
         for extent in batch.iter().filter(|extent| !is_new(extent)) {
             self.load_sums(extent).await?;
         }
-        let new_count = batch.iter().filter(is_new).count() as u32;
-        let reserved = self.reserve(new_count).await?;
-        let changes: Vec<Vec<Change>> = (0..self.replicas.len())
-            .map(|replica| self.changes(batch, replica, &reserved[replica]))
-            .collect();
-        let changes = &changes;
+        // Decided once: roles may change while it is under way. A replica that begins to join meanwhile is not among them,
+        // and waits for this to end before it is believed to have everything.
+        let _under_way = self.marking.begin();
+        let gets: Vec<ReplicaSet> = batch.iter().map(|extent| self.gets(extent)).collect();
+        let plan = Plan { batch, gets: &gets };
+        let reserved = self.reserve(&plan).await?;
         let results = self
-            .on_all(|replica, io| self.commit_patiently(io, &changes[replica]))
+            .on(plan.replicas().and(self.taking_writes()), |replica, io| {
+                let changes = plan.changes(self, replica, reserved.get(replica));
+                async move { self.commit_patiently(&io, &changes).await }
+            })
             .await;
-        self.check_commits(results, changes, &reserved).await?;
-        for (new, extent) in batch.iter().filter(is_new).enumerate() {
-            let places: Vec<PhysicalExtent> = reserved.iter().map(|extents| extents[new]).collect();
-            extent.places.set(Self::places_of(&places));
+        let done = self.check_commits(results, &plan, &reserved).await?;
+        let mut left = reserved;
+        for (extent, gets) in batch.iter().zip(&gets) {
+            if !is_new(extent) {
+                continue;
+            }
+            let mut places = Places::default();
+            for replica in gets.iter() {
+                if let Some(reserved) = &mut left.0[replica] {
+                    places[replica] = reserved.remove(0);
+                }
+            }
+            extent.places.set(places);
+            extent.caught_up.set(gets.and(done));
             extent.sequence.set(0);
             self.allocated.set(self.allocated.get() + 1);
             self.cache.put(extent, self.holes());
+            // Who was not asked, or has failed, may hold something else in its place.
+            for replica in self.lacking(extent).iter() {
+                self.seats[replica].missed.borrow_mut().all_of(extent.index.0);
+            }
         }
         Ok(())
     }
 
-    fn changes(&self, batch: &[Rc<Extent>], replica: usize, reserved: &[PhysicalExtent]) -> Vec<Change> {
-        let mut reserved = reserved.iter();
-        let change = |extent: &Rc<Extent>| match extent.state.get() {
-            State::Allocating => Change::Allocate {
-                physical: *reserved.next().expect("one was reserved for each"),
-                dataset: self.dataset,
-                logical: extent.index,
-                key_version: self.key_version,
-            },
-            _ => Change::Mark(extent.places.get()[replica]),
-        };
-        batch.iter().map(change).collect()
-    }
-
-    /// Sets extents aside on every replica, or on none.
-    async fn reserve(&self, count: u32) -> Result<Vec<Vec<PhysicalExtent>>> {
-        if count == 0 {
-            return Ok(vec![Vec::new(); self.replicas.len()]);
+    /// The replicas that an extent is about to be allocated or marked on. A replica that joins gets new ones, unless it
+    /// still has an old one in its place.
+    fn gets(&self, extent: &Extent) -> ReplicaSet {
+        if extent.state.get() != State::Allocating {
+            return self.targets(extent);
         }
-        let results = self.on_all(|_, io| io.handle().reserve(count)).await;
-        let mut reserved = Vec::new();
-        let mut refused = None;
-        for (replica, result) in results.0.into_iter().flatten().enumerate() {
-            match result {
-                Ok(extents) => reserved.push((replica, extents)),
-                Err(error) if error.kind() == Kind::NoSpace => refused = refused.or(Some(error)),
-                Err(error) => refused = Some(self.fail(replica, &error)),
+        let mut gets = self.in_sync();
+        for replica in self.joining().iter() {
+            if !self.seats[replica].places.borrow().contains_key(&extent.index.0) {
+                gets = gets.with(replica);
             }
         }
-        match refused {
-            None => Ok(reserved.into_iter().map(|(_, extents)| extents).collect()),
+        gets
+    }
+
+    fn taking_writes(&self) -> ReplicaSet {
+        self.in_sync().or(self.joining())
+    }
+
+    /// Sets extents aside for the new ones of the batch on every replica that gets them, or on none.
+    ///
+    /// # Errors
+    /// `NoSpace` when a replica in sync has no room; `Io`.
+    async fn reserve(&self, plan: &Plan<'_>) -> Result<Each<Vec<PhysicalExtent>>> {
+        let mut results = self
+            .on(plan.replicas().and(self.taking_writes()), |replica, io| {
+                let count = plan.new_extents(replica);
+                async move {
+                    match count {
+                        0 => Ok(Vec::new()),
+                        count => io.handle().reserve(count).await,
+                    }
+                }
+            })
+            .await;
+        match self.take_refused(&mut results) {
+            None => self.settle_or_stop(results).await,
             Some(error) => {
-                for (replica, extents) in reserved {
-                    self.replicas[replica].handle().unreserve(extents);
+                for (replica, result) in results.into_iter() {
+                    if let Ok(extents) = result {
+                        self.seats[replica].io().handle().unreserve(extents);
+                    }
                 }
                 Err(error)
             }
         }
+    }
+
+    /// Takes out what was refused for lack of room. A replica that joins stops joining; one in sync refuses for all.
+    fn take_refused<T>(&self, results: &mut Each<Result<T>>) -> Option<Error> {
+        let mut refused = None;
+        for (replica, result) in results.0.iter_mut().enumerate() {
+            let full = result.take_if(|result| matches!(result, Err(error) if Self::is_full(error)));
+            let Some(Err(error)) = full else { continue };
+            match self.seats[replica].role.get() {
+                Role::Joining => self.stop_joining(replica, &error.to_string()),
+                Role::InSync => refused = refused.or(Some(error)),
+                Role::Dropping | Role::Stale | Role::Vacant => {}
+            }
+        }
+        refused
     }
 
     /// Commits changes that set marks; while the store has no room for them, the cleaner is urged on.
@@ -293,36 +340,104 @@ impl Core {
         }
     }
 
-    /// All commits went through, or all are taken back: refused for marks on some, undone on the others.
+    /// All commits went through, or all are taken back: refused for marks on some, undone on the others. Returns the
+    /// replicas that have committed.
     async fn check_commits(
         &self,
-        results: Each<Result<()>>,
-        changes: &[Vec<Change>],
-        reserved: &[Vec<PhysicalExtent>],
-    ) -> Result<()> {
-        let mut done = Vec::new();
-        let mut refused: Vec<(usize, Error)> = Vec::new();
-        for (replica, result) in results.0.into_iter().flatten().enumerate() {
+        mut results: Each<Result<()>>,
+        plan: &Plan<'_>,
+        reserved: &Each<Vec<PhysicalExtent>>,
+    ) -> Result<ReplicaSet> {
+        let asked = results.places();
+        let refused = self.take_refused(&mut results);
+        for replica in asked.minus(results.places()).iter() {
+            let extents = reserved.get(replica).to_vec();
+            self.seats[replica].io().handle().unreserve(extents);
+        }
+        let Some(why) = refused else {
+            return Ok(self.settle_or_stop(results).await?.places());
+        };
+        let done = results.iter().filter(|(_, result)| result.is_ok());
+        let done = done.fold(ReplicaSet::NONE, |set, (replica, _)| set.with(replica));
+        let undone = self
+            .on(done, |replica, io| {
+                let changes = plan.changes(self, replica, reserved.get(replica));
+                let undo: Vec<Change> = changes
+                    .iter()
+                    .map(|change| self.opposite(change, plan.batch, replica))
+                    .collect();
+                async move { io.handle().commit(undo).await }
+            })
+            .await;
+        // Failures of the commits and of the undoing alike: who refused has completed what the others are taken back to.
+        for (replica, result) in results.into_iter().chain(undone.into_iter()) {
             match result {
-                Ok(()) => done.push(replica),
-                Err(error) if error.kind() == Kind::NoSpace => refused.push((replica, error)),
-                Err(error) => return Err(self.fail(replica, &error)),
+                Err(error) if self.seats[replica].role.get() == Role::Joining => {
+                    self.stop_joining(replica, &error.to_string());
+                }
+                Err(error) => {
+                    if let Err(last) = self.drop_replica(replica, error).await {
+                        return Err(self.fail(&last));
+                    }
+                }
+                Ok(()) => {}
             }
         }
-        let mut why = None;
-        for (replica, error) in refused {
-            self.replicas[replica]
-                .handle()
-                .unreserve(reserved[replica].clone());
-            why = Some(error);
-        }
-        let Some(why) = why else { return Ok(()) };
-        for replica in done {
-            let undo = changes[replica].iter().map(opposite).collect();
-            let undone = self.replicas[replica].handle().commit(undo).await;
-            undone.map_err(|error| self.fail(replica, &error))?;
-        }
         Err(why)
+    }
+
+    fn opposite(&self, change: &Change, batch: &[Rc<Extent>], replica: usize) -> Change {
+        match change {
+            Change::Allocate { physical, .. } => Change::Release(*physical),
+            Change::Mark(physical) => {
+                let extent = batch.iter().find(|extent| {
+                    extent.state.get() == State::Marking && extent.places.get()[replica] == *physical
+                });
+                Change::ClearMark {
+                    physical: *physical,
+                    missed_by: extent.map_or(ReplicaSet::NONE, |extent| self.lacking(extent)),
+                }
+            }
+            other => unreachable!("{other:?} sets no mark"),
+        }
+    }
+}
+
+/// Extents to allocate or mark, and on which replicas each.
+struct Plan<'a> {
+    batch: &'a [Rc<Extent>],
+    gets: &'a [ReplicaSet],
+}
+
+impl Plan<'_> {
+    fn replicas(&self) -> ReplicaSet {
+        self.gets.iter().fold(ReplicaSet::NONE, |all, gets| all.or(*gets))
+    }
+
+    fn of(&self, replica: usize) -> impl Iterator<Item = &Rc<Extent>> {
+        let each = self.batch.iter().zip(self.gets);
+        each.filter_map(move |(extent, gets)| gets.contains(replica).then_some(extent))
+    }
+
+    fn new_extents(&self, replica: usize) -> u32 {
+        let new = self
+            .of(replica)
+            .filter(|extent| extent.state.get() == State::Allocating);
+        new.count() as u32
+    }
+
+    fn changes(&self, core: &Core, replica: usize, reserved: &[PhysicalExtent]) -> Vec<Change> {
+        let mut reserved = reserved.iter();
+        let change = |extent: &Rc<Extent>| match extent.state.get() {
+            State::Allocating => Change::Allocate {
+                physical: *reserved.next().expect("one was reserved for each"),
+                dataset: core.dataset,
+                logical: extent.index,
+                key_version: core.key_version,
+            },
+            _ => Change::Mark(extent.places.get()[replica]),
+        };
+        self.of(replica).map(change).collect()
     }
 }
 
@@ -341,14 +456,6 @@ fn ahead_for(streak: u32) -> u32 {
     match streak {
         0 => 0,
         _ => (1 << (streak - 1).min(16)).min(VOLUME_EXTENTS_AHEAD),
-    }
-}
-
-fn opposite(change: &Change) -> Change {
-    match change {
-        Change::Allocate { physical, .. } => Change::Release(*physical),
-        Change::Mark(physical) => Change::ClearMark(*physical),
-        other => unreachable!("{other:?} sets no mark"),
     }
 }
 

@@ -4,7 +4,8 @@
 //!
 //! 1. Dirty → Cleaning; their checksum areas, one sequence higher, go to every replica;
 //! 2. every replica is synced, data and areas;
-//! 3. those that no write has touched meanwhile: Cleaning → Clearing, and one commit per replica clears their marks;
+//! 3. those that no write has touched meanwhile: Cleaning → Clearing, and one commit per replica clears their marks, and
+//!    notes which replicas are out and so lack what was written;
 //! 4. → Clean.
 //!
 //! A write that comes before step 3 makes its extent Dirty again, and its mark stays; one that comes during step 3 waits
@@ -20,6 +21,7 @@ use futures_util::stream;
 use super::core::Core;
 use super::extent::{Extent, State};
 use crate::error::Result;
+use crate::ids::ReplicaSet;
 use crate::limits::{DIRTY_MARKS_PER_STORE, VOLUME_EXTENTS_PER_COMMIT};
 use crate::runtime::{now, sleep, timeout};
 use crate::store::{Change, SumArea};
@@ -64,9 +66,9 @@ impl Core {
     async fn clean_some(self: &Rc<Self>) -> Result<usize> {
         let scarce = self.marks_scarce()
             || self
-                .replicas
+                .in_sync()
                 .iter()
-                .any(|io| store_is_crowded(io.handle().space().dirty));
+                .any(|replica| store_is_crowded(self.seats[replica].io().handle().space().dirty));
         let now = self.tick.get();
         let (mut idle, mut busy): (Vec<_>, Vec<_>) = self
             .cleanable()
@@ -157,16 +159,24 @@ impl Core {
         untouched
             .iter()
             .for_each(|extent| extent.state.set(State::Clearing));
+        // Who does not get what is written now has not got what was; the note goes with the mark.
+        let clear = |extent: &Extent, replica: usize| Change::ClearMark {
+            physical: extent.places.get()[replica],
+            missed_by: self.lacking(extent),
+        };
+        let replicas = untouched
+            .iter()
+            .fold(ReplicaSet::NONE, |all, extent| all.or(self.targets(extent)));
         let results = self
-            .on_all(|replica, io| {
-                let changes = untouched
+            .on(replicas, |replica, io| {
+                let theirs = untouched
                     .iter()
-                    .map(|extent| Change::ClearMark(extent.places.get()[replica]));
-                let changes = changes.collect();
+                    .filter(|extent| self.targets(extent).contains(replica));
+                let changes: Vec<Change> = theirs.map(|extent| clear(extent, replica)).collect();
                 async move { io.handle().commit(changes).await }
             })
             .await;
-        self.settle_all(results)?;
+        self.settle_or_stop(results).await?;
         untouched.iter().for_each(|extent| extent.state.set(State::Clean));
         self.prune_dirty();
         self.changed.notify_all();
@@ -189,9 +199,11 @@ impl Core {
         };
         let (area, places) = (&area, extent.places.get());
         let results = self
-            .on_all(|replica, io| io.write_sums(places[replica], area))
+            .on(self.targets(extent), |replica, io| async move {
+                io.write_sums(places[replica], area).await
+            })
             .await;
-        self.settle_all(results)
+        self.settle_or_stop(results).await.map(drop)
     }
 }
 

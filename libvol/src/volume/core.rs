@@ -1,7 +1,9 @@
-//! What all parts of an open volume share: its facts, its extents, its replicas, and the one way it fails.
+//! What all parts of an open volume share: its facts, its extents, its replicas, and the one way it stops.
 //!
-//! Failure: a device error on any replica stops the volume for good; every request from then on, and every one that waits,
-//! gets EIO; marks stay, and the next open recovers. Full stores are no failure.
+//! A replica that fails is dropped ([`super::replicas`]); a write that no replica completes gives EIO and its blocks are
+//! settled. What the volume cannot go on without (metadata, flushes, its membership) and that no replica can do stops it
+//! for good: every request from then on, and every one that waits, gets EIO; marks stay, and the next open recovers. Full
+//! stores are no failure.
 //!
 //! Cancellation: a caller may drop the future of any request. What must not stop half-way runs inside [`uncancelled`].
 
@@ -10,40 +12,44 @@ use std::collections::BTreeSet;
 use std::future::Future;
 use std::ops::Range;
 use std::pin::Pin;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use futures_util::future::{join, join3};
-
 use super::extent::{Extent, ExtentMap, Places, State};
+use super::membership::Register;
+use super::replicas::{Role, Seat, UnderWay};
 use super::sums::SumCache;
 use super::{VolumeSpec, VolumeStats};
 use crate::buf::{Buf, BufPool};
 use crate::crypto::seal::{SealedBuf, Sealer};
 use crate::error::{Error, Kind, Result};
-use crate::ids::{BlockIndex, DatasetId, ExtentIndex, KeyVersion, PhysicalExtent, VolumeId};
+use crate::ids::{BlockIndex, DatasetId, Epoch, ExtentIndex, KeyVersion, PhysicalExtent, VolumeId};
 use crate::limits::{
-    BLOCK, BLOCK_SIZE, DIRTY_MARKS_PER_STORE, REPLICAS_MAX, VOLUME_BYTES_IN_FLIGHT, VOLUME_POOL_BYTES_IDLE,
-    VOLUME_RECOVERY_EXTENTS, VOLUME_SUM_CACHE_BYTES,
+    BLOCK, BLOCK_SIZE, DIRTY_MARKS_PER_STORE, REPLICA_DEADLINE_SECONDS, REPLICAS_MAX, VOLUME_BYTES_IN_FLIGHT,
+    VOLUME_PLACES_MAX, VOLUME_POOL_BYTES_IDLE, VOLUME_RECOVERY_EXTENTS, VOLUME_SUM_CACHE_BYTES,
 };
 use crate::runtime::spawn;
 use crate::runtime::sync::{InFlight, InFlightGuard, Notify, Semaphore};
-use crate::store::StoreIo;
+use crate::store::{Member, StoreIo};
 
 /// Numbers that tests choose smaller than production does.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Tuning {
+pub struct Tuning {
     /// Extents of this volume that may be marked at a time, at most; memory for pinned sums may allow fewer.
-    pub(super) dirty_extents_max: usize,
+    pub dirty_extents_max: usize,
     /// Bytes of sums in memory.
-    pub(super) sum_cache_bytes: usize,
+    pub sum_cache_bytes: usize,
     /// The cleaner's clock.
-    pub(super) tick: Duration,
+    pub tick: Duration,
     /// Ticks without a write before an extent is cleaned.
-    pub(super) idle_ticks: u32,
+    pub idle_ticks: u32,
     /// How long a request waits for dirty marks before it gets `NoSpace`.
-    pub(super) mark_patience: Duration,
+    pub mark_patience: Duration,
+    /// How long a request to a replica may take before it counts as failed.
+    pub deadline: Duration,
+    /// Bytes a second that a replica which catches up is read and written with, at most.
+    pub resync_bytes_per_second: u64,
 }
 
 impl Default for Tuning {
@@ -54,6 +60,8 @@ impl Default for Tuning {
             tick: Duration::from_secs(1),
             idle_ticks: 5,
             mark_patience: Duration::from_secs(60),
+            deadline: Duration::from_secs(REPLICA_DEADLINE_SECONDS),
+            resync_bytes_per_second: u64::MAX,
         }
     }
 }
@@ -84,7 +92,20 @@ pub(super) struct Core {
     pub(super) shape: Shape,
     pub(super) tuning: Tuning,
     pub(super) size_bytes: Cell<u64>,
-    pub(super) replicas: Vec<Rc<StoreIo>>,
+    /// Itself, for tasks it starts.
+    pub(super) myself: Weak<Self>,
+    pub(super) seats: [Seat; VOLUME_PLACES_MAX],
+    /// Places of the slot's list of stores.
+    pub(super) places: Cell<usize>,
+    /// Membership epoch.
+    pub(super) epoch: Cell<Epoch>,
+    pub(super) register: Rc<dyn Register>,
+    /// The membership is changed by one at a time.
+    pub(super) membership: Rc<Semaphore>,
+    /// Allocations and marks being committed.
+    pub(super) marking: Rc<UnderWay>,
+    /// Replicas in role Dropping: nobody is told of success meanwhile.
+    pub(super) dropping: Cell<usize>,
     pub(super) pool: BufPool,
     pub(super) extents: RefCell<ExtentMap>,
     pub(super) cache: SumCache,
@@ -118,23 +139,25 @@ pub(super) struct Core {
     pub(super) unverified: Cell<u64>,
     pub(super) allocated: Cell<u64>,
     pub(super) recovering: Cell<u64>,
-    reads_in_flight: [Cell<u32>; REPLICAS_MAX],
     next_read: Cell<usize>,
     failure: OnceCell<String>,
 }
 
 impl Core {
     pub(super) fn new(spec: VolumeSpec, tuning: Tuning) -> Result<Rc<Self>> {
-        let replicas = spec.replicas;
-        if replicas.is_empty() || replicas.len() > REPLICAS_MAX {
-            return Err(Error::invalid(format!(
-                "volume {}: {} replicas; 1 to {REPLICAS_MAX} are possible",
+        let at_hand = spec
+            .replicas
+            .iter()
+            .filter(|replica| replica.state == Member::InSync);
+        let at_hand: Vec<&Rc<StoreIo>> = at_hand.filter_map(|replica| replica.io.as_ref()).collect();
+        if at_hand.is_empty() || spec.replicas.len() > VOLUME_PLACES_MAX {
+            return Err(Error::unavailable(format!(
+                "volume {}: none of its replicas in sync (1 to {REPLICAS_MAX}) is at hand; bring a store back",
                 spec.label,
-                replicas.len()
             )));
         }
-        let extent_bytes = replicas[0].handle().info().extent_bytes;
-        if let Some(other) = replicas
+        let extent_bytes = at_hand[0].handle().info().extent_bytes;
+        if let Some(other) = at_hand
             .iter()
             .find(|io| io.handle().info().extent_bytes != extent_bytes)
         {
@@ -143,8 +166,32 @@ impl Core {
                 spec.label,
                 other.handle().info().name,
                 other.handle().info().extent_bytes,
-                replicas[0].handle().info().name,
+                at_hand[0].handle().info().name,
             )));
+        }
+        let seats = [const { () }; VOLUME_PLACES_MAX].map(|()| Seat::vacant());
+        let mut dropping = 0;
+        for (seat, replica) in seats.iter().zip(&spec.replicas) {
+            let role = match (replica.state, &replica.io) {
+                (Member::Vacant, _) => Role::Vacant,
+                (Member::InSync, Some(_)) => Role::InSync,
+                // Others hold all it holds: it is dropped before anything is served.
+                (Member::InSync, None) => {
+                    dropping += 1;
+                    Role::Dropping
+                }
+                (Member::Stale | Member::Resyncing, _) => Role::Stale,
+            };
+            let away = || "its store was away when the volume was opened".to_owned();
+            let reason = replica.reason.clone().or_else(|| replica.io.is_none().then(away));
+            seat.role.set(role);
+            seat.store.set(replica.store);
+            seat.name.replace(replica.name.clone());
+            seat.reason.replace(reason.filter(|_| role != Role::InSync));
+            seat.full_copy.set(replica.full_copy && role != Role::InSync);
+            if role == Role::InSync {
+                seat.set_io(replica.io.clone());
+            }
         }
         let blocks = (extent_bytes / BLOCK) as u32;
         // Sums of dirty extents cannot leave memory; they get half of the cache.
@@ -153,7 +200,7 @@ impl Core {
             dirty_extents_max: tuning.dirty_extents_max.min(pinnable).max(1),
             ..tuning
         };
-        Ok(Rc::new(Self {
+        Ok(Rc::new_cyclic(|myself| Self {
             id: spec.id,
             label: spec.label,
             dataset: spec.dataset,
@@ -162,7 +209,14 @@ impl Core {
             shape: Shape { extent_bytes, blocks },
             tuning,
             size_bytes: Cell::new(spec.size_bytes),
-            replicas,
+            myself: myself.clone(),
+            seats,
+            places: Cell::new(spec.replicas.len()),
+            epoch: Cell::new(spec.membership_epoch),
+            register: spec.register.clone(),
+            membership: Semaphore::new(1),
+            marking: Rc::default(),
+            dropping: Cell::new(dropping),
             pool: BufPool::new(VOLUME_POOL_BYTES_IDLE),
             extents: RefCell::default(),
             cache: SumCache::new(tuning.sum_cache_bytes),
@@ -185,7 +239,6 @@ impl Core {
             unverified: Cell::new(0),
             allocated: Cell::new(0),
             recovering: Cell::new(0),
-            reads_in_flight: Default::default(),
             next_read: Cell::new(0),
             failure: OnceCell::new(),
         }))
@@ -224,13 +277,12 @@ impl Core {
         self.failure.get().cloned()
     }
 
-    /// A replica failed: the volume stops. Returns what the requests get.
+    /// The volume stops. Returns what the requests get.
     #[cold]
-    pub(super) fn fail(&self, replica: usize, error: &Error) -> Error {
-        let store = &self.replicas[replica].handle().info().name;
-        let reason = format!("replica on store \"{store}\": {error}; mend the store and reopen the volume");
+    pub(super) fn fail(&self, error: &Error) -> Error {
+        let reason = format!("{error}; mend the store and reopen the volume");
         if self.failure.set(reason).is_ok() {
-            tracing::error!(volume = %self.label, %store, %error, "volume has stopped: a replica failed");
+            tracing::error!(volume = %self.label, %error, "volume has stopped");
         }
         self.changed.notify_all();
         self.check().expect_err("it has just failed")
@@ -292,126 +344,86 @@ impl Core {
             .await
     }
 
-    /// Does the same on every replica at once and waits for all of them.
-    pub(super) async fn on_all<'a, T, F>(&'a self, each: impl Fn(usize, &'a StoreIo) -> F) -> Each<T>
-    where
-        F: Future<Output = T> + 'a,
-    {
-        match &*self.replicas {
-            [a] => Each([Some(each(0, a).await), None, None]),
-            [a, b] => {
-                let (a, b) = join(each(0, a), each(1, b)).await;
-                Each([Some(a), Some(b), None])
-            }
-            [a, b, c] => {
-                let (a, b, c) = join3(each(0, a), each(1, b), each(2, c)).await;
-                Each([Some(a), Some(b), Some(c)])
-            }
-            _ => unreachable!("checked when the volume was opened"),
-        }
-    }
-
-    /// The results of all replicas, or the volume stops.
+    /// Writes `sealed[range]` to every replica that takes writes of the extent, from block `block` on. The caller holds the
+    /// blocks exclusively and the extent is marked.
     ///
     /// # Errors
-    /// `Io`.
-    #[inline]
-    pub(super) fn settle<T>(&self, results: Each<Result<T>>) -> Result<Vec<T>> {
-        let mut values = Vec::with_capacity(self.replicas.len());
-        for (replica, result) in results.0.into_iter().flatten().enumerate() {
-            values.push(result.map_err(|error| self.fail(replica, &error))?);
-        }
-        Ok(values)
-    }
-
-    /// As [`Core::settle`] where there is nothing to return.
-    ///
-    /// # Errors
-    /// `Io`.
-    #[inline]
-    pub(super) fn settle_all(&self, results: Each<Result<()>>) -> Result<()> {
-        for (replica, result) in results.0.into_iter().flatten().enumerate() {
-            result.map_err(|error| self.fail(replica, &error))?;
-        }
-        Ok(())
-    }
-
-    /// Writes `sealed[range]` to every replica from block `block` on. The caller holds the blocks exclusively and the
-    /// extent is marked.
-    ///
-    /// # Errors
-    /// `Io`; the volume has then stopped.
+    /// `Io` when no replica in sync completed it: the blocks are then settled, as far as they can be read.
     pub(super) async fn write_all(
         &self,
-        places: Places,
+        extent: &Extent,
         block: u32,
         sealed: &SealedBuf,
         range: Range<usize>,
     ) -> Result<()> {
+        let blocks = block..block + (range.len() / BLOCK_SIZE) as u32;
+        let places = extent.places.get();
+        self.note_missed(extent, blocks.clone());
         let results = self
-            .on_all(|replica, io| {
+            .on(self.targets(extent), |replica, io| {
                 let range = range.clone();
                 async move { io.write(places[replica], block, sealed, range).await }
             })
             .await;
-        self.settle_all(results)
+        match self.settle(results).await {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                if self.check().is_ok() {
+                    tracing::error!(volume = %self.label, extent = %extent.index, "a write failed everywhere: {error}");
+                    self.settle_blocks(extent, blocks).await;
+                }
+                Err(error)
+            }
+        }
     }
 
-    /// Reads blocks from one replica: the one with the fewest reads in flight.
+    /// Reads blocks from one replica in sync: the one with the fewest reads in flight.
     ///
     /// # Errors
-    /// `Io`; the volume has then stopped.
+    /// `Io`: that replica cannot be read. The caller asks all of them ([`super::heal`]).
     pub(super) async fn read_one(&self, places: Places, block: u32, count: u32) -> Result<Buf> {
         let len = count as usize * BLOCK_SIZE;
+        self.check()?;
         let reading = self.choose_replica();
-        let replica = reading.replica;
-        let (result, buf) = self.replicas[replica]
-            .read(places[replica], block, self.pool.get(len), len)
-            .await;
-        drop(reading);
-        result.map_err(|error| self.fail(replica, &error))?;
-        Ok(buf)
-    }
-
-    /// Reads blocks from every replica.
-    ///
-    /// # Errors
-    /// `Io`; the volume has then stopped.
-    pub(super) async fn read_all(&self, places: Places, block: u32, count: u32) -> Result<Vec<Buf>> {
-        let len = count as usize * BLOCK_SIZE;
-        let results = self
-            .on_all(|replica, io| async move {
-                let (result, buf) = io.read(places[replica], block, self.pool.get(len), len).await;
-                result.map(|()| buf)
-            })
-            .await;
-        self.settle(results)
+        let seat = &self.seats[reading.replica];
+        let io = seat.io();
+        let place = places[reading.replica];
+        seat.guard(async {
+            let (result, buf) = io.read(place, block, self.pool.get(len), len).await;
+            result.map(|()| buf)
+        })
+        .await
     }
 
     fn choose_replica(&self) -> Reading<'_> {
-        let count = self.replicas.len();
-        let mut best = self.next_read.get() % count;
-        for replica in 0..count {
-            if self.reads_in_flight[replica].get() < self.reads_in_flight[best].get() {
-                best = replica;
+        let in_sync = self.in_sync();
+        let next = self.next_read.get();
+        let mut best: Option<usize> = None;
+        for nth in 0..VOLUME_PLACES_MAX {
+            let replica = (next + nth) % VOLUME_PLACES_MAX;
+            let busy = |replica: usize| self.seats[replica].reads_in_flight.get();
+            if in_sync.contains(replica) && best.is_none_or(|best| busy(replica) < busy(best)) {
+                best = Some(replica);
             }
         }
-        self.next_read.set(best + 1);
-        let in_flight = &self.reads_in_flight[best];
+        let replica = best.expect("the last replica in sync is never dropped");
+        self.next_read.set(replica + 1);
+        let in_flight = &self.seats[replica].reads_in_flight;
         in_flight.set(in_flight.get() + 1);
-        Reading {
-            replica: best,
-            in_flight,
-        }
+        Reading { replica, in_flight }
     }
 
-    /// Makes every write that completed before the call durable on every replica.
+    /// Makes every write that completed before the call durable on every replica that takes writes.
     ///
     /// # Errors
     /// `Io`; the volume has then stopped.
     pub(super) async fn sync_all(&self) -> Result<()> {
-        let results = self.on_all(|_, io| io.flush()).await;
-        self.settle_all(results)
+        let results = self
+            .on(self.in_sync().or(self.joining()), |_, io| async move {
+                io.flush().await
+            })
+            .await;
+        self.settle_or_stop(results).await.map(drop)
     }
 
     pub(super) fn stats(&self) -> VolumeStats {
@@ -449,10 +461,12 @@ impl Core {
         }
     }
 
-    /// Placeholder places with one entry a replica.
-    pub(super) fn places_of(per_replica: &[PhysicalExtent]) -> Places {
+    /// Where an extent lies, from what is known of each replica.
+    pub(super) fn places_of(per_replica: impl Iterator<Item = (usize, PhysicalExtent)>) -> Places {
         let mut places = Places::default();
-        places[..per_replica.len()].copy_from_slice(per_replica);
+        for (replica, place) in per_replica {
+            places[replica] = place;
+        }
         places
     }
 }
@@ -468,9 +482,6 @@ impl Drop for Reading<'_> {
         self.in_flight.set(self.in_flight.get() - 1);
     }
 }
-
-/// One value a replica, in order.
-pub(super) struct Each<T>(pub(super) [Option<T>; REPLICAS_MAX]);
 
 /// Runs `work` to its end even if the caller drops the future: then it goes on as a task of its own. Until then it is
 /// polled in place, without a hop through the run queue.

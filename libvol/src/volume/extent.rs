@@ -26,8 +26,8 @@ use std::rc::Rc;
 
 use super::range_lock::RangeLock;
 use crate::crypto::seal::HOLE;
-use crate::ids::{ExtentIndex, PhysicalExtent};
-use crate::limits::REPLICAS_MAX;
+use crate::ids::{ExtentIndex, PhysicalExtent, ReplicaSet};
+use crate::limits::VOLUME_PLACES_MAX;
 
 /// See the module's table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,7 +89,7 @@ impl State {
 }
 
 /// Where an extent lies, by replica.
-pub(super) type Places = [PhysicalExtent; REPLICAS_MAX];
+pub(super) type Places = [PhysicalExtent; VOLUME_PLACES_MAX];
 
 /// See the module's text.
 pub(super) struct Extent {
@@ -109,8 +109,10 @@ pub(super) struct Extent {
     pub(super) cleaner_holds: Cell<bool>,
     /// Marked ahead of a sequential writer, which has not come yet.
     pub(super) ahead: Cell<bool>,
-    /// Replicas whose mark is durable, a bit each. Only meaningful in Unreconciled.
-    pub(super) marked_on: Cell<u8>,
+    /// Replicas whose mark is durable. Only meaningful in Unreconciled.
+    pub(super) marked_on: Cell<ReplicaSet>,
+    /// Replicas in role Joining that have caught up with this extent and take its writes.
+    pub(super) caught_up: Cell<ReplicaSet>,
     /// Cleaner's tick of the last write.
     pub(super) last_write: Cell<u32>,
     /// Used since the cache last looked.
@@ -135,7 +137,8 @@ impl Extent {
             loading: Cell::new(false),
             cleaner_holds: Cell::new(false),
             ahead: Cell::new(false),
-            marked_on: Cell::new(0),
+            marked_on: Cell::default(),
+            caught_up: Cell::default(),
             last_write: Cell::new(0),
             recently_used: Cell::new(false),
             in_cache: Cell::new(false),

@@ -38,9 +38,13 @@ mod clean;
 mod core;
 mod extent;
 mod heal;
+mod membership;
+mod missed;
 mod range_lock;
 mod read;
 mod recover;
+mod replicas;
+mod resync;
 mod split;
 mod status;
 mod sums;
@@ -52,13 +56,17 @@ mod write;
 use std::ops::Range;
 use std::rc::Rc;
 
-use self::core::{Core, Tuning, uncancelled};
+use self::core::{Core, uncancelled};
+use self::replicas::Role;
+
+pub use self::core::Tuning;
+pub use self::membership::{Membership, Register, Standing};
 use crate::buf::BufPool;
 use crate::crypto::seal::{PlainBuf, Sealer};
 use crate::error::Result;
-use crate::ids::{DatasetId, KeyVersion, VolumeId};
-use crate::runtime::spawn;
-use crate::store::StoreIo;
+use crate::ids::{DatasetId, Epoch, KeyVersion, StoreId, VolumeId};
+use crate::runtime::{sleep, spawn};
+use crate::store::{Member, StoreIo};
 
 /// What opening a volume takes.
 pub struct VolumeSpec {
@@ -74,8 +82,43 @@ pub struct VolumeSpec {
     pub sealer: Sealer,
     /// The key version new extents get.
     pub key_version: KeyVersion,
-    /// One per replica, at least one, all with the same extent size.
-    pub replicas: Vec<Rc<StoreIo>>,
+    /// In the order of the slot's `stores`. At least one that is in sync has its store at hand, all with the same extent size.
+    pub replicas: Vec<ReplicaSpec>,
+    /// Membership epoch.
+    pub membership_epoch: Epoch,
+    /// Where the membership is written down.
+    pub register: Rc<dyn Register>,
+}
+
+/// One replica of a volume that is opened.
+pub struct ReplicaSpec {
+    /// Its store.
+    pub store: StoreId,
+    /// The store's name.
+    pub name: String,
+    /// The store's data path; `None` when it is away. A replica in sync whose store is away is dropped at once.
+    pub io: Option<Rc<StoreIo>>,
+    /// Its state.
+    pub state: Member,
+    /// Nothing that it holds can be relied on.
+    pub full_copy: bool,
+    /// Why it is not in sync.
+    pub reason: Option<String>,
+}
+
+/// A replica of an open volume, for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReplicaStatus {
+    /// Its store.
+    pub store: StoreId,
+    /// Its state now; `Resyncing` while it catches up.
+    pub state: Member,
+    /// Why it is not in sync.
+    pub reason: Option<String>,
+    /// Extents it still has to catch up with.
+    pub missed_extents: u64,
+    /// Bytes written to it since it began to catch up.
+    pub copied_bytes: u64,
 }
 
 /// A piece of read data.
@@ -121,18 +164,23 @@ pub struct Volume {
 }
 
 impl Volume {
-    /// Loads the extent maps of all replicas and starts recovery of dirty extents and the cleaner in the background.
+    /// Loads the extent maps of all replicas in sync, drops those that are away, and starts recovery of dirty extents and the cleaner in the background.
     ///
     /// # Errors
-    /// `Damaged` when the replicas' maps contradict each other in clean extents; `Io`; `Unavailable`.
+    /// `Damaged`; `Io`; `Unavailable` when no replica in sync is at hand.
     pub async fn open(spec: VolumeSpec) -> Result<Rc<Self>> {
         Self::open_tuned(spec, Tuning::default()).await
     }
 
-    async fn open_tuned(spec: VolumeSpec, tuning: Tuning) -> Result<Rc<Self>> {
+    /// The same with other numbers, for tests.
+    ///
+    /// # Errors
+    /// As [`Volume::open`].
+    pub async fn open_tuned(spec: VolumeSpec, tuning: Tuning) -> Result<Rc<Self>> {
         let core = Core::new(spec, tuning)?;
         core.load_map().await?;
         let running = (core.background.enter(), core.background.enter());
+        spawn(watch(Rc::downgrade(&core))).detach();
         let (cleaning, recovering) = (
             core.clone().clean_in_background(),
             core.clone().recover_in_background(),
@@ -237,7 +285,67 @@ impl Volume {
         size.set(size.get().max(size_bytes));
     }
 
-    /// Why the volume has stopped (a device error on a replica), once it has.
+    /// Brings a stale replica back, over its store's data path: it catches up in the background while the volume serves.
+    ///
+    /// # Errors
+    /// `Invalid` for a place that is not stale; else as its store, and it stays stale.
+    pub async fn rejoin(&self, place: usize, io: Rc<StoreIo>, full_copy: bool) -> Result<()> {
+        let core = self.core.clone();
+        uncancelled(async move {
+            let _in_flight = core.begin(0, 0)?;
+            core.start_joining(place, io, full_copy).await
+        })
+        .await
+    }
+
+    /// Lets go of the store of a replica that is out of sync, so that it can be closed and opened anew; waits until no
+    /// request of it is in flight.
+    ///
+    /// # Errors
+    /// `Invalid` for a replica that is in sync.
+    pub async fn let_go(&self, place: usize) -> Result<()> {
+        let core = self.core.clone();
+        uncancelled(async move {
+            let seat = &core.seats[place];
+            core.stop_joining(place, "its store is opened anew");
+            if seat.role.get() == Role::InSync {
+                return Err(crate::error::Error::invalid(format!(
+                    "volume {}: the replica on store \"{}\" is in sync",
+                    core.label,
+                    seat.name.borrow()
+                )));
+            }
+            seat.idle.until(|| seat.is_idle().then_some(())).await;
+            seat.set_io(None);
+            Ok(())
+        })
+        .await
+    }
+
+    /// How the replicas stand, in the order of the slot's `stores`.
+    pub fn replicas(&self) -> Vec<ReplicaStatus> {
+        let seats = &self.core.seats[..self.core.places.get()];
+        let status = |seat: &replicas::Seat| ReplicaStatus {
+            store: seat.store.get(),
+            state: match seat.role.get() {
+                Role::InSync => Member::InSync,
+                Role::Dropping | Role::Stale => Member::Stale,
+                Role::Joining => Member::Resyncing,
+                Role::Vacant => Member::Vacant,
+            },
+            reason: seat.reason.borrow().clone(),
+            missed_extents: seat.missed.borrow().len() as u64,
+            copied_bytes: seat.copied_bytes.get(),
+        };
+        seats.iter().map(status).collect()
+    }
+
+    /// Membership epoch.
+    pub fn membership_epoch(&self) -> Epoch {
+        self.core.epoch.get()
+    }
+
+    /// Why the volume has stopped (nothing that it cannot go on without could be done on any replica), once it has.
     pub fn failure(&self) -> Option<String> {
         self.core.failure()
     }
@@ -265,6 +373,22 @@ impl Volume {
     pub async fn abandon(&self) {
         let core = self.core.clone();
         uncancelled(async move { core.quiesce().await }).await;
+    }
+}
+
+/// Looks for requests to replicas that do not end, as long as the volume is there.
+async fn watch(core: std::rc::Weak<Core>) {
+    /// Looks per deadline.
+    const LOOKS: u32 = 8;
+    loop {
+        let Some(pause) = core.upgrade().map(|core| core.tuning.deadline / LOOKS) else {
+            return;
+        };
+        sleep(pause).await;
+        let Some(core) = core.upgrade().filter(|core| !core.stop.get()) else {
+            return;
+        };
+        core.seats.iter().for_each(|seat| seat.watch(LOOKS));
     }
 }
 

@@ -1,7 +1,7 @@
 //! Reads: unallocated extents and holes are zeros without I/O; all else is read from one replica, verified and decrypted.
 //!
-//! A reader holds its blocks shared, so the sums it verifies against are those of the bytes it reads. A mismatch says
-//! nothing yet; [`super::heal`] finds out under the exclusive lock.
+//! A reader holds its blocks shared, so the sums it verifies against are those of the bytes it reads. A mismatch, or
+//! an error of the replica asked, says nothing yet; [`super::heal`] finds out under the exclusive lock.
 
 use std::rc::Rc;
 
@@ -58,15 +58,18 @@ impl Core {
                 _ => continue,
             }
             let count = blocks.len() as u32;
-            let buf = self.read_one(extent.places.get(), blocks.start, count).await?;
+            let Ok(buf) = self.read_one(extent.places.get(), blocks.start, count).await else {
+                break None;
+            };
             let first = self.shape.block_index(extent.index, blocks.start);
             break extent
                 .with_sums(blocks.clone(), |sums| self.sealer.open(first, buf, sums))
-                .expect("an extent in use keeps its sums");
+                .expect("an extent in use keeps its sums")
+                .ok();
         };
         let plain = match opened {
-            Ok(plain) => Some(plain),
-            Err(_) => {
+            Some(plain) => Some(plain),
+            None => {
                 let (core, extent) = (self.clone(), extent.clone());
                 let guards = (extent.in_use(), self.in_flight.enter());
                 uncancelled(async move {
@@ -109,11 +112,14 @@ impl Core {
         if sum == HOLE {
             return Ok(None);
         }
-        let buf = self.read_one(extent.places.get(), block, 1).await?;
+        let read = self.read_one(extent.places.get(), block, 1).await;
         let first = self.shape.block_index(extent.index, block);
-        match self.sealer.open(first, buf, &[sum]) {
-            Ok(plain) => Ok(Some(plain)),
-            Err(_) => self.heal_held(extent, blocks).await.map(Some),
+        match read
+            .ok()
+            .and_then(|buf| self.sealer.open(first, buf, &[sum]).ok())
+        {
+            Some(plain) => Ok(Some(plain)),
+            None => self.heal_held(extent, blocks).await.map(Some),
         }
     }
 }

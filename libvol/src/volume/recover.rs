@@ -1,5 +1,8 @@
 //! Opening after whatever happened: what the replicas' tables say, and what becomes of extents that are marked.
 //!
+//! Only replicas in sync are asked. One that is not at hand, or cannot tell its extents, is dropped before anything is
+//! served: the others hold all that it does, and it may lack what they get.
+//!
 //! # The tables, extent by extent
 //!
 //! | it is on | marked there | how that came about | then |
@@ -7,7 +10,7 @@
 //! | all replicas | on none | – | Clean |
 //! | all replicas | on some or all | writes may have been under way | Unreconciled: every replica counts as marked |
 //! | some replicas | on each of them | an allocation or a release was cut | released on those, too |
-//! | some replicas | on some of them not | a store has lost or invented a record | the volume is refused: `Damaged` |
+//! | some replicas | on some of them not | a store has lost a record | the replicas without it are dropped, for a full copy |
 //!
 //! Why *released* loses nothing, in the third row. An allocation was cut: no data was written, since no replica is written
 //! before all have allocated; nothing of this extent was acknowledged after it was last absent, so zeros are right. A
@@ -29,6 +32,7 @@
 //! | equal | none | as it is | yes |
 //! | differ | one of the copies | that copy | no |
 //! | differ | none | the first replica's copy | yes |
+//! | none can be read | – | lost, until it is written again | no |
 //!
 //! A blank area (the extent was never cleaned) vouches for holes, as the oldest. Equal copies stay: a flushed write is on
 //! all replicas, so it is never traded for what an older area knows. Copies differ only where a write was not followed by
@@ -37,7 +41,7 @@
 //! the cleaner does the rest. A cut meanwhile leads here again, to the same choice or to equal copies.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
@@ -48,19 +52,20 @@ use super::core::{Core, uncancelled};
 use super::extent::{Extent, State};
 use super::heal::CHUNK_BLOCKS;
 use super::range_lock::Mode;
-use crate::buf::Buf;
+use super::replicas::Role;
+use super::sums::UNKNOWN;
 use crate::crypto::seal::{HOLE, SealedBuf, block_sum, verify_block};
 use crate::error::{Error, Kind, Result};
-use crate::ids::{BlockIndex, DatasetId, ExtentIndex};
-use crate::limits::{BLOCK_SIZE, REPLICAS_MAX, VOLUME_EXTENTS_PER_COMMIT};
+use crate::ids::{BlockIndex, DatasetId, ExtentIndex, ReplicaSet};
+use crate::limits::{BLOCK_SIZE, VOLUME_EXTENTS_PER_COMMIT, VOLUME_PLACES_MAX};
 use crate::runtime::sleep;
-use crate::store::{Change, ExtentEntry, SumArea, SumAreaRead};
+use crate::store::{Change, ExtentEntry, Member, SumArea, SumAreaRead, VolumeState};
 
 /// A replica had no room for a mark: recovery of that extent waits so long.
 const MARK_RETRY: Duration = Duration::from_secs(1);
 
 /// What the replicas' tables say of one logical extent, by replica.
-type Found = [Option<ExtentEntry>; REPLICAS_MAX];
+type Found = [Option<ExtentEntry>; VOLUME_PLACES_MAX];
 
 /// What becomes of it. See the module's first table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,58 +88,141 @@ fn fate(found: &[Option<ExtentEntry>]) -> Fate {
 }
 
 impl Core {
-    /// Builds the map from the replicas' tables and finishes what a cut has left between them.
+    /// Builds the map from the tables of the replicas in sync, drops those that cannot stay, and finishes what a cut has
+    /// left between them.
     ///
     /// # Errors
     /// `Damaged`, `Unsupported` (another key version), or as the store's.
     pub(super) async fn load_map(self: &Rc<Self>) -> Result<()> {
-        let results = self.on_all(|_, io| io.handle().extents_of(self.dataset)).await;
-        let mut found: HashMap<ExtentIndex, Found> = HashMap::new();
-        for (replica, entries) in results.0.into_iter().flatten().enumerate() {
-            let entries = entries.map_err(|error| error.context(format!("volume {}", self.label)))?;
-            for entry in entries {
-                found.entry(entry.logical).or_default()[replica] = Some(entry);
-            }
-        }
+        let found = self.load_tables().await?;
         let mut halves = Vec::new();
-        for (index, found) in found {
-            let found = &found[..self.replicas.len()];
-            if let Some(entry) = found
-                .iter()
-                .flatten()
-                .find(|entry| entry.key_version != self.key_version)
-            {
+        for (index, found) in &found {
+            let here: Vec<_> = self.in_sync().iter().map(|replica| found[replica]).collect();
+            match fate(&here) {
+                Fate::Clean => self.adopt(*index, found, State::Clean),
+                Fate::Reconcile => self.adopt(*index, found, State::Unreconciled),
+                Fate::Release => halves.push(*found),
+                Fate::Contradiction => unreachable!("replicas without the extent have been dropped"),
+            }
+            let entries = || self.in_sync().iter().filter_map(|replica| found[replica]);
+            if let Some(entry) = entries().find(|entry| entry.key_version != self.key_version) {
                 return Err(Error::unsupported(format!(
                     "volume {}: extent {index} is sealed with key version {}, and only version {} is at hand",
                     self.label, entry.key_version, self.key_version
                 )));
             }
-            match fate(found) {
-                Fate::Clean => self.adopt(index, found, State::Clean),
-                Fate::Reconcile => self.adopt(index, found, State::Unreconciled),
-                Fate::Release => halves.push(found.to_vec()),
-                Fate::Contradiction => {
-                    let missing = found.iter().position(Option::is_none).expect("not on all");
-                    return Err(Error::damaged(format!(
-                        "volume {}: store \"{}\" has lost extent {index}, which others hold unmarked; run vold check",
-                        self.label,
-                        self.replicas[missing].handle().info().name
-                    )));
+            for (replica, seat) in self.seats.iter().enumerate() {
+                let lacks = |entry: &ExtentEntry| entry.dirty || entry.missed_by.contains(replica);
+                if !matches!(seat.role.get(), Role::InSync | Role::Vacant) && entries().any(|e| lacks(&e)) {
+                    seat.missed.borrow_mut().all_of(index.0);
                 }
             }
         }
+        if self.dropping.get() > 0 {
+            self.write_down_membership().await;
+            self.check()?;
+        }
+        self.seal_membership().await?;
         self.release_halves(&halves).await
     }
 
-    fn adopt(&self, index: ExtentIndex, found: &[Option<ExtentEntry>], state: State) {
+    /// What the replicas in sync say of every extent. One that cannot say, or has lost a record that another has, is set to
+    /// be dropped, as long as another is left.
+    async fn load_tables(&self) -> Result<BTreeMap<ExtentIndex, Found>> {
+        let dataset = self.dataset;
+        let results = self
+            .on(self.in_sync(), |_, io| async move {
+                io.handle().extents_of(dataset).await
+            })
+            .await;
+        let mut found: BTreeMap<ExtentIndex, Found> = BTreeMap::new();
+        let mut silent = None;
+        for (replica, entries) in results.into_iter() {
+            match entries {
+                Ok(entries) => {
+                    for entry in entries {
+                        found.entry(entry.logical).or_default()[replica] = Some(entry);
+                    }
+                }
+                Err(error) => silent = silent.or(Some((replica, error))),
+            }
+        }
+        if let Some((replica, error)) = silent {
+            if self.in_sync().len() == 1 {
+                return Err(error.context(format!("volume {}", self.label)));
+            }
+            self.expel(replica, &error.to_string());
+            // The others, and whoever else is silent, are asked again.
+            return Box::pin(self.load_tables()).await;
+        }
+        let contradiction = found.iter().find_map(|(index, found)| {
+            let mut asked = self.in_sync().iter();
+            let here: Vec<_> = self.in_sync().iter().map(|replica| found[replica]).collect();
+            let without = asked.find(|replica| found[*replica].is_none())?;
+            (fate(&here) == Fate::Contradiction).then_some((*index, without))
+        });
+        match contradiction {
+            None => Ok(found),
+            Some((index, replica)) => {
+                let reason = format!("it has lost extent {index}, which others hold unmarked");
+                self.expel(replica, &reason);
+                Box::pin(self.load_tables()).await
+            }
+        }
+    }
+
+    /// A replica whose table cannot be relied on leaves, before anything is served.
+    fn expel(&self, replica: usize, reason: &str) {
+        let seat = &self.seats[replica];
+        tracing::error!(volume = %self.label, store = %seat.name.borrow(), "replica dropped: {reason}");
+        seat.role.set(Role::Dropping);
+        seat.reason.replace(Some(reason.to_owned()));
+        seat.full_copy.set(true);
+        self.dropping.set(self.dropping.get() + 1);
+    }
+
+    /// Stores that do not know the present membership (a cut came between the register and them) hear of it before
+    /// anything is served.
+    async fn seal_membership(&self) -> Result<()> {
+        let id = self.id;
+        let results = self
+            .on(
+                self.in_sync(),
+                |_, io| async move { io.handle().volume(id).await },
+            )
+            .await;
+        let members = self.membership_now();
+        let states: Vec<Member> = members.members.iter().map(|standing| standing.state).collect();
+        let agree = |state: &VolumeState| match state {
+            VolumeState::Live(record, _) => {
+                record.membership_epoch == members.epoch && record.members == states
+            }
+            VolumeState::Tombstoned { .. } | VolumeState::Unknown => false,
+        };
+        if results.iter().all(|(_, state)| state.as_ref().is_ok_and(agree)) {
+            return Ok(());
+        }
+        match self.write_members(&members).await.into_iter().next() {
+            None => Ok(()),
+            Some((_, error)) => Err(error.context(format!("volume {}", self.label))),
+        }
+    }
+
+    fn adopt(&self, index: ExtentIndex, found: &Found, state: State) {
         let extent = self.extent_or_new(index);
-        let places: Vec<_> = found.iter().flatten().map(|entry| entry.physical).collect();
-        let marked = found.iter().flatten().map(|entry| entry.dirty);
-        let marked_on = marked
-            .enumerate()
-            .fold(0, |bits, (replica, dirty)| bits | u8::from(dirty) << replica);
-        extent.places.set(Self::places_of(&places));
-        extent.marked_on.set(marked_on);
+        let entries = || {
+            let in_sync = self.in_sync();
+            in_sync
+                .iter()
+                .filter_map(|replica| Some((replica, found[replica]?)))
+        };
+        let marked = entries().filter(|(_, entry)| entry.dirty);
+        extent
+            .marked_on
+            .set(marked.fold(ReplicaSet::NONE, |set, (replica, _)| set.with(replica)));
+        extent.places.set(Self::places_of(
+            entries().map(|(replica, entry)| (replica, entry.physical)),
+        ));
         extent.state.set(state);
         self.allocated.set(self.allocated.get() + 1);
         if state == State::Unreconciled {
@@ -143,10 +231,10 @@ impl Core {
     }
 
     /// Finishes cut allocations and releases.
-    async fn release_halves(&self, halves: &[Vec<Option<ExtentEntry>>]) -> Result<()> {
+    async fn release_halves(&self, halves: &[Found]) -> Result<()> {
         for batch in halves.chunks(VOLUME_EXTENTS_PER_COMMIT) {
             let results = self
-                .on_all(|replica, io| {
+                .on(self.in_sync(), |replica, io| {
                     let entries = batch.iter().filter_map(|found| found[replica]);
                     let changes: Vec<_> = entries.map(|entry| Change::Release(entry.physical)).collect();
                     async move {
@@ -157,7 +245,7 @@ impl Core {
                     }
                 })
                 .await;
-            self.settle_all(results)?;
+            self.settle_or_stop(results).await?;
         }
         Ok(())
     }
@@ -218,8 +306,10 @@ impl Core {
                     core.turn(&extent, State::Dirty);
                 }
                 Err(error) if error.kind() == Kind::NoSpace => core.turn(&extent, State::Unreconciled),
-                // The volume has stopped.
-                Err(_) => {}
+                // Nothing else would bring the extent out of this state.
+                Err(error) => {
+                    core.fail(error);
+                }
             }
             drop(running);
             result
@@ -246,23 +336,27 @@ impl Core {
 
     /// Rewriting is writing: first every replica has the mark.
     async fn mark_the_rest(&self, extent: &Rc<Extent>) -> Result<()> {
-        let marked_on = extent.marked_on.get();
         let places = extent.places.get();
-        let results = self
-            .on_all(|replica, io| async move {
-                match marked_on >> replica & 1 {
-                    1 => Ok(()),
-                    _ => self.commit_patiently(io, &[Change::Mark(places[replica])]).await,
-                }
+        let unmarked = self.in_sync().minus(extent.marked_on.get());
+        let mut results = self
+            .on(unmarked, |replica, io| async move {
+                self.commit_patiently(&io, &[Change::Mark(places[replica])]).await
             })
             .await;
         let mut refused = None;
-        for (replica, result) in results.0.into_iter().flatten().enumerate() {
-            match result {
-                Ok(()) => extent.marked_on.set(extent.marked_on.get() | 1 << replica),
-                Err(error) if error.kind() == Kind::NoSpace => refused = Some(error),
-                Err(error) => return Err(self.fail(replica, &error)),
+        for (replica, result) in results.0.iter_mut().enumerate() {
+            if let Some(Err(error)) = result.take_if(|result| matches!(result, Err(e) if Self::is_full(e))) {
+                refused = Some(error);
+            } else if matches!(result, Some(Ok(()))) {
+                extent.marked_on.set(extent.marked_on.get().with(replica));
             }
+        }
+        // Those that are marked already have completed it.
+        for replica in self.in_sync().and(extent.marked_on.get()).iter() {
+            results.0[replica] = Some(Ok(()));
+        }
+        if results.iter().next().is_some() {
+            self.settle_or_stop(results).await?;
         }
         refused.map_or(Ok(()), Err)
     }
@@ -274,46 +368,72 @@ impl Core {
         blocks: Range<u32>,
         sums: &mut [u32],
     ) -> Result<()> {
-        let places = extent.places.get();
-        let mut copies = self.read_all(places, blocks.start, blocks.len() as u32).await?;
-        let mut stale = vec![[false; REPLICAS_MAX]; blocks.len()];
+        let copies = self.read_copies(extent, blocks.clone()).await?;
+        let mut stale = vec![ReplicaSet::NONE; blocks.len()];
+        let mut winners = self.pool.get(blocks.len() * BLOCK_SIZE);
         for (at, block) in blocks.clone().enumerate() {
             let number = self.shape.block_index(extent.index, block);
-            let bytes = at * BLOCK_SIZE..(at + 1) * BLOCK_SIZE;
-            let chosen = {
-                let copies: Vec<&[u8]> = copies.iter().map(|copy| &copy[bytes.clone()]).collect();
-                choose(self.dataset, number, &copies, areas.entries(block))
-            };
+            let readable: Vec<(usize, &[u8])> = copies
+                .iter()
+                .filter_map(|copy| Some((copy.replica, copy.block(at)?)))
+                .collect();
+            let all: Vec<&[u8]> = readable.iter().map(|(_, bytes)| *bytes).collect();
+            let to = at * BLOCK_SIZE..(at + 1) * BLOCK_SIZE;
+            if all.is_empty() {
+                self.lose(number);
+                sums[at] = UNKNOWN;
+                continue;
+            }
+            let chosen = choose(self.dataset, number, &all, areas.entries(block));
             if !chosen.verified {
                 self.unverified.set(self.unverified.get() + 1);
             }
-            for (replica, stale) in stale[at].iter_mut().enumerate().take(copies.len()) {
-                *stale = copies[replica][bytes.clone()] != copies[chosen.copy][bytes.clone()];
+            let winner = all[chosen.copy];
+            winners[to].copy_from_slice(winner);
+            for copy in &copies {
+                if copy.block(at) != Some(winner) {
+                    stale[at] = stale[at].with(copy.replica);
+                }
             }
-            // The first buffer collects the winners.
-            if let Some((first, others)) = copies.split_first_mut()
-                && let Some(winner) = chosen.copy.checked_sub(1)
-            {
-                first[bytes.clone()].copy_from_slice(&others[winner][bytes.clone()]);
-            }
-            let winner = &copies[0][bytes];
             sums[at] = match verify_block(self.dataset, number, winner, HOLE) {
                 true => HOLE,
                 false => block_sum(self.dataset, number, winner),
             };
         }
-        let winners: Buf = copies.swap_remove(0);
         drop(copies);
         let sealed = SealedBuf::from_ciphertext(winners);
-        for (replica, io) in self.replicas.iter().enumerate() {
-            for run in runs(stale.iter().map(|stale| stale[replica])) {
+        for replica in self.in_sync().iter() {
+            self.note_missed(extent, blocks.clone());
+            for run in runs(stale.iter().map(|stale| stale.contains(replica))) {
                 let bytes = run.start * BLOCK_SIZE..run.end * BLOCK_SIZE;
                 let block = blocks.start + run.start as u32;
-                let written = io.write(places[replica], block, &sealed, bytes).await;
-                written.map_err(|error| self.fail(replica, &error))?;
+                let seat = &self.seats[replica];
+                let io = seat.io();
+                let place = extent.places.get()[replica];
+                let written = seat
+                    .guard(async { io.write(place, block, &sealed, bytes).await })
+                    .await;
+                if let Err(error) = written {
+                    self.drop_replica(replica, error).await?;
+                    break;
+                }
             }
         }
         Ok(())
+    }
+
+    /// A write failed on every replica: nobody knows what they hold. What can be read is made equal and taken as it is; what
+    /// cannot is lost until it is written again. The caller holds the blocks exclusively and the extent is marked.
+    #[cold]
+    pub(super) async fn settle_blocks(&self, extent: &Extent, blocks: Range<u32>) {
+        let mut sums = vec![UNKNOWN; blocks.len()];
+        let settled = self
+            .reconcile_chunk(extent, &Areas(Vec::new()), blocks.clone(), &mut sums)
+            .await;
+        if let Err(error) = settled {
+            tracing::error!(volume = %self.label, extent = %extent.index, "blocks of a failed write stay unknown: {error}");
+        }
+        extent.set_sums(blocks.start, &sums);
     }
 }
 
@@ -326,8 +446,8 @@ enum Area {
 }
 
 impl Areas {
-    fn new(read: Vec<SumAreaRead>) -> Self {
-        let usable = read.into_iter().filter_map(|area| match area {
+    fn new(read: Vec<Option<SumAreaRead>>) -> Self {
+        let usable = read.into_iter().flatten().filter_map(|area| match area {
             SumAreaRead::Valid(area) => Some(Area::Valid(area)),
             SumAreaRead::Blank => Some(Area::Blank),
             // It has no say.
@@ -392,7 +512,7 @@ fn choose(
 }
 
 /// Runs of `true`.
-fn runs(flags: impl Iterator<Item = bool>) -> Vec<Range<usize>> {
+pub(super) fn runs(flags: impl Iterator<Item = bool>) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     for (at, _) in flags.enumerate().filter(|(_, set)| *set) {
         match runs.last_mut() {
@@ -413,6 +533,7 @@ mod tests {
             logical: ExtentIndex(0),
             physical: PhysicalExtent(0),
             dirty,
+            missed_by: ReplicaSet::NONE,
             key_version: KeyVersion(1),
         })
     }

@@ -10,6 +10,7 @@
 //! | on all replicas, equal | those | – |
 //! | on some; the others older, blank or damaged | those | extent is marked, so that the cleaner writes all areas anew |
 //! | on several, but an entry differs | the one that the data of some replica matches, if that is one | likewise |
+//! | none, and one cannot be read | none: EIO, and the next request tries again | – |
 //! | none | none: every block counts as damaged ([`UNKNOWN`]) until it is written again | – |
 //!
 //! The last row: a mark is cleared only after every replica's area is durable, so a clean extent without any area has
@@ -23,7 +24,7 @@ use std::rc::Rc;
 use super::core::{Core, uncancelled};
 use super::extent::{Extent, State};
 use crate::crypto::seal::{HOLE, verify_block};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::store::{SumArea, SumAreaRead};
 
 /// Sum of a block that nothing is known of. A block's own sum is this with probability 2^-32, so reading it finds damage.
@@ -120,6 +121,13 @@ impl Core {
         let areas = self.read_areas(extent).await?;
         let newest = areas.iter().filter_map(valid).map(|area| area.sequence).max();
         let Some(newest) = newest else {
+            if areas.iter().any(Option::is_none) {
+                // It may be readable another time; giving up on its sums could not be undone.
+                return Err(Error::io(format!(
+                    "volume {}: no replica's checksum area of extent {} can be read",
+                    self.label, extent.index
+                )));
+            }
             tracing::error!(
                 volume = %self.label, extent = %extent.index,
                 "no replica has a checksum area of this clean extent; its blocks give EIO until they are written again"
@@ -156,39 +164,54 @@ impl Core {
         Ok(())
     }
 
-    /// Reads the extent's area from every replica.
+    /// Reads the extent's area from every replica in sync; `None` where it cannot be read.
     ///
     /// # Errors
-    /// `Io`; the volume has then stopped.
-    pub(super) async fn read_areas(&self, extent: &Extent) -> Result<Vec<SumAreaRead>> {
+    /// `Io` when the volume has stopped.
+    pub(super) async fn read_areas(&self, extent: &Extent) -> Result<Vec<Option<SumAreaRead>>> {
+        self.check()?;
         let places = extent.places.get();
+        let (dataset, index) = (self.dataset, extent.index);
         let results = self
-            .on_all(|replica, io| io.read_sums(places[replica], self.dataset, extent.index))
+            .on(self.in_sync(), |replica, io| async move {
+                io.read_sums(places[replica], dataset, index).await
+            })
             .await;
-        let mut areas = self.settle(results)?;
-        for (replica, area) in areas.iter_mut().enumerate() {
-            // The store checks the header; that it has one sum a block is part of its format.
-            if let SumAreaRead::Valid(found) = area
-                && found.sums.len() != self.shape.blocks as usize
-            {
-                *area = SumAreaRead::Damaged("it is for another extent size".into());
-            }
-            if let SumAreaRead::Damaged(why) = area {
-                let store = &self.replicas[replica].handle().info().name;
-                tracing::warn!(volume = %self.label, extent = %extent.index, %store, "checksum area is damaged: {why}");
-            }
+        let mut areas = Vec::new();
+        for (replica, result) in results.into_iter() {
+            let why = match result {
+                // The store checks the header; that it has one sum a block is part of its format.
+                Ok(SumAreaRead::Valid(area)) if area.sums.len() != self.shape.blocks as usize => {
+                    "it is for another extent size".to_owned()
+                }
+                Ok(SumAreaRead::Damaged(why)) => why,
+                Ok(sound) => {
+                    areas.push(Some(sound));
+                    continue;
+                }
+                Err(error) => {
+                    areas.push(None);
+                    let store = &*self.seats[replica].name.borrow();
+                    tracing::warn!(volume = %self.label, extent = %index, %store, "checksum area cannot be read: {error}");
+                    continue;
+                }
+            };
+            let store = &*self.seats[replica].name.borrow();
+            tracing::warn!(volume = %self.label, extent = %index, %store, "checksum area is damaged: {why}");
+            areas.push(Some(SumAreaRead::Damaged(why)));
         }
         Ok(areas)
     }
 
     /// Areas of the same age disagree about a block: its data decides, if they speak for one entry only.
     async fn settle_entry(&self, extent: &Extent, block: u32, entries: &[u32]) -> Result<u32> {
-        let copies = self.read_all(extent.places.get(), block, 1).await?;
+        let copies = self.read_copies(extent, block..block + 1).await?;
         let number = self.shape.block_index(extent.index, block);
         let mut agreed = None;
         for entry in entries {
             if copies
                 .iter()
+                .filter_map(|copy| copy.block(0))
                 .any(|copy| verify_block(self.dataset, number, copy, *entry))
             {
                 match agreed {
@@ -226,10 +249,10 @@ impl Core {
     }
 }
 
-fn valid(area: &SumAreaRead) -> Option<&SumArea> {
+fn valid(area: &Option<SumAreaRead>) -> Option<&SumArea> {
     match area {
-        SumAreaRead::Valid(area) => Some(area),
-        SumAreaRead::Blank | SumAreaRead::Damaged(_) => None,
+        Some(SumAreaRead::Valid(area)) => Some(area),
+        Some(SumAreaRead::Blank | SumAreaRead::Damaged(_)) | None => None,
     }
 }
 

@@ -18,20 +18,12 @@ use super::range_lock::Mode;
 use super::split::{Part, parts};
 use crate::crypto::seal::{HOLE, PlainBuf, SealedBuf};
 use crate::error::Result;
+use crate::ids::ReplicaSet;
 use crate::limits::{BLOCK_SIZE, VOLUME_EXTENTS_PER_COMMIT};
 use crate::store::Change;
 
 /// Zeros written with one device call: 1 MiB.
 const ZEROS_BYTES: usize = 1 << 20;
-
-/// Which extents are released once they are locked.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Release {
-    /// All of them: their contents were trimmed.
-    All,
-    /// Those without any data that nobody is about to write.
-    OnlyHoles,
-}
 
 impl Core {
     pub(super) async fn trim(self: Rc<Self>, offset: u64, len: u64, fua: bool) -> Result<()> {
@@ -92,7 +84,7 @@ impl Core {
                 continue;
             }
             if extent.state.get() != State::Absent {
-                whole.push(extent);
+                whole.push((extent, part));
             }
             if whole.len() == batch_max {
                 self.release(&whole).await?;
@@ -113,19 +105,31 @@ impl Core {
         part.start == 0 && part.len as u64 >= in_volume
     }
 
-    /// Gives extents back, in ascending order, as one commit per replica.
+    /// Gives extents back, in ascending order, as one commit per replica. The volume may have grown by the time they are
+    /// locked; what the part then does not cover stays.
     ///
     /// # Errors
     /// `NoSpace` when no marks can be had; `Io`.
-    async fn release(self: &Rc<Self>, extents: &[Rc<Extent>]) -> Result<()> {
-        // Pins of several releases at once could leave nothing for the cleaner to free marks with.
-        let _turn = self.releasing.acquire(1).await;
-        self.mark_together(extents).await?;
-        let mut pinned = Vec::with_capacity(extents.len());
-        for extent in extents {
-            pinned.extend(self.writable_if_present(extent.index).await?);
+    async fn release(self: &Rc<Self>, whole: &[(Rc<Extent>, Part)]) -> Result<()> {
+        {
+            // Pins of several releases at once could leave nothing for the cleaner to free marks with.
+            let _turn = self.releasing.acquire(1).await;
+            let extents: Vec<_> = whole.iter().map(|(extent, _)| extent.clone()).collect();
+            self.mark_together(&extents).await?;
+            let mut pinned = Vec::with_capacity(extents.len());
+            for extent in &extents {
+                pinned.extend(self.writable_if_present(extent.index).await?);
+            }
+            let still_whole = |extent: &Extent| {
+                let mut parts = whole.iter().filter(|(other, _)| other.index == extent.index);
+                parts.all(|(_, part)| self.is_whole(part))
+            };
+            self.release_pinned(pinned, still_whole).await?;
         }
-        self.release_pinned(pinned, Release::All).await
+        for (_, part) in whole.iter().filter(|(_, part)| !self.is_whole(part)) {
+            self.make_hole(part).await?;
+        }
+        Ok(())
     }
 
     /// The cleaner's way: gives back those of the extents that hold nothing but holes. Never waits for a mark.
@@ -139,10 +143,14 @@ impl Core {
         let _turn = self.releasing.acquire(1).await;
         let mut pinned: Vec<Pinned> = extents.iter().filter_map(Extent::pin).collect();
         pinned.sort_by_key(|pinned| pinned.extent().index);
-        self.release_pinned(pinned, Release::OnlyHoles).await
+        let holes = |extent: &Extent| {
+            extent.pins() == 1 && self.all_holes(extent, 0..self.shape.blocks) == Some(true)
+        };
+        self.release_pinned(pinned, holes).await
     }
 
-    async fn release_pinned(&self, pinned: Vec<Pinned>, which: Release) -> Result<()> {
+    /// Releases those that are `wanted` once they are locked.
+    async fn release_pinned(&self, pinned: Vec<Pinned>, wanted: impl Fn(&Extent) -> bool) -> Result<()> {
         let mut held = Vec::with_capacity(pinned.len());
         for pinned in &pinned {
             let extent = pinned.extent();
@@ -150,11 +158,7 @@ impl Core {
             self.wait_for(|| (!extent.cleaner_holds.get()).then_some(()))
                 .await?;
         }
-        let leaves = |extent: &Extent| {
-            let wanted = which == Release::All
-                || extent.pins() == 1 && self.all_holes(extent, 0..self.shape.blocks) == Some(true);
-            wanted && extent.state.get() == State::Dirty
-        };
+        let leaves = |extent: &Extent| extent.state.get() == State::Dirty && wanted(extent);
         let leaving: Vec<&Rc<Extent>> = pinned
             .iter()
             .map(Pinned::extent)
@@ -166,16 +170,21 @@ impl Core {
         leaving
             .iter()
             .for_each(|extent| extent.state.set(State::Releasing));
+        let replicas = leaving
+            .iter()
+            .fold(ReplicaSet::NONE, |all, extent| all.or(self.targets(extent)));
         let results = self
-            .on_all(|replica, io| {
-                let changes = leaving
+            .on(replicas, |replica, io| {
+                let theirs = leaving
                     .iter()
-                    .map(|extent| Change::Release(extent.places.get()[replica]));
-                let changes = changes.collect();
+                    .filter(|extent| self.targets(extent).contains(replica));
+                let changes: Vec<Change> = theirs
+                    .map(|extent| Change::Release(extent.places.get()[replica]))
+                    .collect();
                 async move { io.handle().commit(changes).await }
             })
             .await;
-        self.settle_all(results)?;
+        self.settle_or_stop(results).await?;
         for extent in leaving {
             self.found(self.shape.block_index(extent.index, 0), self.shape.blocks);
             self.cache.forget(extent);
@@ -253,8 +262,7 @@ impl Core {
                 Some(zeros) if zeros.len() >= len => zeros,
                 _ => zeros.insert(SealedBuf::zeros(len)),
             };
-            self.write_all(extent.places.get(), run.start, zeros, 0..len)
-                .await?;
+            self.write_all(extent, run.start, zeros, 0..len).await?;
             extent.set_holes(run.clone());
             self.found(self.shape.block_index(extent.index, run.start), run.len() as u32);
             at = run.end;

@@ -106,7 +106,7 @@ impl Core {
         sums: &[u32],
     ) -> Result<()> {
         let extent = pinned.extent();
-        self.write_all(extent.places.get(), block, sealed, range).await?;
+        self.write_all(extent, block, sealed, range).await?;
         extent.set_sums(block, sums);
         extent.last_write.set(self.tick.get());
         self.found(self.shape.block_index(extent.index, block), sums.len() as u32);

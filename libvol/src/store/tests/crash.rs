@@ -158,7 +158,7 @@ async fn live(
             let clear = |logical: &u32| {
                 let extent = extents.get_mut(logical).expect("chosen among them");
                 extent.1 = false;
-                Change::ClearMark(extent.0)
+                clear_mark(extent.0)
             };
             dirty.iter().map(clear).collect()
         }
@@ -186,7 +186,19 @@ async fn live(
                     extents,
                 },
             );
-            return store.commit(vec![Change::SetVolume(record)]).await;
+            return store
+                .commit(vec![
+                    Change::SetSize {
+                        volume: record.volume,
+                        size_bytes: record.size_bytes,
+                    },
+                    Change::SetMembers {
+                        volume: record.volume,
+                        epoch: record.membership_epoch,
+                        members: record.members,
+                    },
+                ])
+                .await;
         }
         _ if rng.one_in(3) => {
             clients.borrow_mut()[me].destroying = true;

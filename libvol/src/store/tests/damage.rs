@@ -35,7 +35,7 @@ fn with_content(clean: bool) -> Content {
                 fill(&io, *extent, dataset, logical as u32, byte).await.unwrap();
             }
             store
-                .commit(extents.iter().map(|e| Change::ClearMark(*e)).collect())
+                .commit(extents.iter().map(|e| clear_mark(*e)).collect())
                 .await
                 .unwrap();
             all.push(extents);

@@ -8,7 +8,7 @@ fn what_was_committed_is_there_after_close_and_open() {
     let dataset = DatasetId::random();
     let (extents, media) = with_store(1, formatted(true), async move |store| {
         let extents = allocate(&store, dataset, 10, 3).await.unwrap();
-        store.commit(vec![Change::ClearMark(extents[1])]).await.unwrap();
+        store.commit(vec![clear_mark(extents[1])]).await.unwrap();
         store.commit(vec![Change::Release(extents[2])]).await.unwrap();
         store.close().await.unwrap();
         extents
@@ -29,11 +29,11 @@ fn many_commits_go_round_the_ring_and_all_are_there() {
         let extents = allocate(&store, dataset, 0, 40).await.unwrap();
         for round in 0..60 {
             for extent in &extents[..round % 7 + 1] {
-                store.commit(vec![Change::ClearMark(*extent)]).await.unwrap();
+                store.commit(vec![clear_mark(*extent)]).await.unwrap();
                 store.commit(vec![Change::Mark(*extent)]).await.unwrap();
             }
         }
-        store.commit(vec![Change::ClearMark(extents[5])]).await.unwrap();
+        store.commit(vec![clear_mark(extents[5])]).await.unwrap();
         // No close: the log has to bring the rest back.
     });
     let ((), _) = with_store(4, media, async move |store| {
@@ -134,7 +134,20 @@ fn a_volume_is_found_after_reopening_with_its_record_and_keys() {
         let mut grown = record;
         grown.size_bytes *= 2;
         grown.members[1] = Member::Stale;
-        store.commit(vec![Change::SetVolume(grown)]).await.unwrap();
+        store
+            .commit(vec![
+                Change::SetSize {
+                    volume: grown.volume,
+                    size_bytes: grown.size_bytes,
+                },
+                Change::SetMembers {
+                    volume: grown.volume,
+                    epoch: grown.membership_epoch,
+                    members: grown.members,
+                },
+            ])
+            .await
+            .unwrap();
     });
     let ((), _) = with_store(10, media, async move |store| {
         let VolumeState::Live(record, slot) = store.volume(id).await.unwrap() else {

@@ -47,6 +47,14 @@ pub(super) fn options(zero_filled: bool) -> FormatOptions {
     }
 }
 
+/// Clears a mark that no replica has missed.
+pub(super) fn clear_mark(physical: PhysicalExtent) -> Change {
+    Change::ClearMark {
+        physical,
+        missed_by: ReplicaSet::NONE,
+    }
+}
+
 /// A formatted store's medium.
 pub(super) fn formatted(zero_filled: bool) -> Media {
     let driver = SimDriver::new(1, vec![Media::zeroed(STORE_BYTES)]);

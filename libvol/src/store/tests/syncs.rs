@@ -113,7 +113,7 @@ fn a_failed_sync_is_heard_by_all_and_stops_writes_for_good_while_reads_go_on() {
         let sealed = SealedBuf::zeros(BLOCK_SIZE);
         let write = io.write(extents[0], 0, &sealed, 0..BLOCK_SIZE).await;
         assert_eq!(write.unwrap_err().kind(), Kind::Unavailable);
-        let commit = store.commit(vec![Change::ClearMark(extents[0])]).await;
+        let commit = store.commit(vec![clear_mark(extents[0])]).await;
         assert_eq!(commit.unwrap_err().kind(), Kind::Unavailable);
         assert_eq!(store.reserve(1).await.unwrap_err().kind(), Kind::Unavailable);
         let (read, _) = io.read(extents[0], 0, Buf::zeroed(BLOCK_SIZE), BLOCK_SIZE).await;
@@ -132,7 +132,7 @@ fn a_failed_commit_is_an_error_for_all_who_shared_it_and_latches_the_store() {
             .iter()
             .map(|extent| {
                 let (store, extent) = (store.clone(), *extent);
-                spawn(async move { store.commit(vec![Change::ClearMark(extent)]).await })
+                spawn(async move { store.commit(vec![clear_mark(extent)]).await })
             })
             .collect();
         for commit in commits {

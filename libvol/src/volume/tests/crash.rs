@@ -29,12 +29,12 @@ fn many_power_cuts() {
 }
 
 /// What one seed chooses.
-struct Plan {
-    size: u64,
-    tuning: Tuning,
-    workers: usize,
-    requests: usize,
-    trims: bool,
+pub(super) struct Plan {
+    pub(super) size: u64,
+    pub(super) tuning: Tuning,
+    pub(super) workers: usize,
+    pub(super) requests: usize,
+    pub(super) trims: bool,
 }
 
 fn run_one(seed: u64) {
@@ -58,7 +58,7 @@ fn run_rounds(seed: u64) {
             sum_cache_bytes: [64, 1 << 20][rng.below(2) as usize],
             tick: Duration::from_micros([200, 5000, 1_000_000][rng.below(3) as usize]),
             idle_ticks: 2,
-            mark_patience: Duration::from_secs(60),
+            ..IDLE
         },
         workers: 1 + rng.below(4) as usize,
         requests: 12,
@@ -137,7 +137,7 @@ async fn one_round(stores: Stores, plan: Rc<Plan>, model: Rc<RefCell<Model>>, ag
 }
 
 /// Reads the volume in pieces in random order, recovering on demand.
-async fn check_in_pieces(volume: &Volume, model: &RefCell<Model>, rng: &mut Rng) {
+pub(super) async fn check_in_pieces(volume: &Volume, model: &RefCell<Model>, rng: &mut Rng) {
     let size = volume.size_bytes() as usize;
     let piece = 1 + rng.below(3 * EXTENT_BYTES) as usize;
     let mut starts: Vec<usize> = (0..size).step_by(piece).collect();
@@ -152,7 +152,7 @@ async fn check_in_pieces(volume: &Volume, model: &RefCell<Model>, rng: &mut Rng)
     model.borrow_mut().check_after_cut(&found);
 }
 
-async fn one_worker(volume: Rc<Volume>, plan: Rc<Plan>, model: Rc<RefCell<Model>>, mut rng: Rng) {
+pub(super) async fn one_worker(volume: Rc<Volume>, plan: Rc<Plan>, model: Rc<RefCell<Model>>, mut rng: Rng) {
     for _ in 0..plan.requests {
         let range = any_range(&mut rng, plan.size);
         let (offset, len) = (range.start as u64, range.len());

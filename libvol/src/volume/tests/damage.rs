@@ -217,7 +217,7 @@ fn a_lost_write_of_a_block_is_damage_in_both_directions() {
 }
 
 #[test]
-fn replicas_that_contradict_each_other_in_clean_extents_are_refused() {
+fn a_replica_that_has_lost_the_record_of_a_clean_extent_is_dropped_for_a_full_copy() {
     simulate(2, async |stores| {
         cleaned(&stores, &pattern(5, BLOCK as usize)).await;
         let entry = stores.extents(1).await[0];
@@ -226,9 +226,13 @@ fn replicas_that_contradict_each_other_in_clean_extents_are_refused() {
             .commit(vec![crate::store::Change::Release(entry.physical)])
             .await
             .unwrap();
-        let error = Volume::open(stores.spec(EXTENT_BYTES)).await.err().unwrap();
-        assert_eq!(error.kind(), Kind::Damaged);
-        assert!(error.message().contains("store-1"), "{error}");
-        assert_eq!(stores.extents(0).await.len(), 1, "and nothing is changed");
+        let volume = stores.volume(EXTENT_BYTES, IDLE).await;
+        let standing = stores.register.0.borrow().members[1].clone();
+        assert_eq!((standing.state, standing.full_copy), (Member::Stale, true));
+        assert!(standing.reason.unwrap().contains("lost extent 0"));
+        for _ in 0..4 {
+            let found = read(&volume, 0, BLOCK as usize).await.unwrap();
+            assert!(found == pattern(5, BLOCK as usize));
+        }
     });
 }

@@ -272,23 +272,21 @@ fn a_full_store_refuses_new_space_and_loses_nothing() {
 }
 
 #[test]
-fn a_device_error_on_one_replica_stops_the_volume_with_its_marks_kept() {
+fn a_flush_that_no_replica_can_do_stops_the_volume_with_its_marks_kept() {
     let (_, driver) = with_stores(1, fresh(2, 80), async |stores| {
         let volume = stores.volume(4 * EXTENT_BYTES, IDLE).await;
         write(&volume, 0, &pattern(1, EXTENT_BYTES as usize))
             .await
             .unwrap();
         volume.flush().await.unwrap();
-        stores.driver.set_fault(Some(Box::new(|slot, call| {
-            let failing = slot.0 == 1 && matches!(call, crate::disk::sim::Call::Write { .. });
-            failing.then_some(5)
+        write(&volume, BLOCK, &pattern(2, BLOCK as usize)).await.unwrap();
+        stores.driver.set_fault(Some(Box::new(|_, call| {
+            matches!(call, crate::disk::sim::Call::Sync).then_some(5)
         })));
-        let error = write(&volume, BLOCK, &pattern(2, BLOCK as usize))
-            .await
-            .unwrap_err();
+        let error = volume.flush().await.unwrap_err();
         assert_eq!(error.kind(), Kind::Io);
         assert!(
-            volume.failure().unwrap().contains("store-1"),
+            volume.failure().unwrap().contains("store-0"),
             "{:?}",
             volume.failure()
         );

@@ -4,6 +4,7 @@ mod crash;
 mod damage;
 mod life;
 mod marks;
+mod membership;
 mod model;
 
 use std::rc::Rc;
@@ -16,12 +17,13 @@ use super::*;
 use crate::buf::Buf;
 use crate::disk::Disk;
 use crate::disk::sim::{Media, SimDriver};
-use crate::ids::{InstallationId, PhysicalExtent};
+use crate::ids::{CmkId, CustomerId, InstallationId, PhysicalExtent};
+use crate::keys::WrappedKey;
 use crate::limits::BLOCK;
-use crate::runtime::Runtime;
+use crate::runtime::{Runtime, sleep};
 use crate::secret::Secret;
 use crate::store::tests::format_small;
-use crate::store::{self, Expect, ExtentEntry, FormatOptions, StoreHandle};
+use crate::store::{self, Expect, ExtentEntry, FormatOptions, StoreHandle, VolumeRecord, VolumeSlot};
 
 /// Small extents: everything crosses boundaries.
 const EXTENT_BYTES: u64 = 4 * BLOCK;
@@ -37,6 +39,8 @@ const IDLE: Tuning = Tuning {
     tick: Duration::from_secs(3600),
     idle_ticks: 1000,
     mark_patience: Duration::from_secs(60),
+    deadline: Duration::from_secs(30),
+    resync_bytes_per_second: u64::MAX,
 };
 
 /// The cleaner is always at work.
@@ -65,10 +69,79 @@ fn fresh(replicas: usize, extents: u64) -> Vec<Media> {
             format_small(&Disk::attach(file).unwrap(), &options)
                 .await
                 .unwrap();
+            let store = store::open(file, Expect::default()).await.unwrap();
+            let (slot, record) = volume_facts(replicas);
+            store.add_volume(slot, record).await.unwrap();
+            store.close().await.unwrap();
         }
     });
     drop(runtime);
     driver.media()
+}
+
+/// The volume as its stores know it.
+fn volume_facts(replicas: usize) -> (VolumeSlot, VolumeRecord) {
+    let slot = VolumeSlot {
+        volume: VolumeId::NIL,
+        customer: CustomerId::NIL,
+        customer_name: "acme".parse().unwrap(),
+        volume_name: "web".parse().unwrap(),
+        dataset: DATASET,
+        stores: vec![StoreId::NIL; replicas],
+        keys: vec![(
+            KeyVersion(1),
+            WrappedKey {
+                cmk: CmkId::NIL,
+                bytes: vec![7; 92],
+            },
+        )],
+    };
+    let record = VolumeRecord {
+        volume: VolumeId::NIL,
+        size_bytes: BLOCK,
+        membership_epoch: Epoch(1),
+        members: vec![Member::InSync; replicas],
+    };
+    (slot, record)
+}
+
+/// A register in memory, as durable as its owner.
+#[derive(Debug)]
+struct Memory(std::cell::RefCell<Membership>);
+
+impl Memory {
+    fn new(replicas: usize) -> Rc<Self> {
+        let standing = Standing {
+            state: Member::InSync,
+            reason: None,
+            full_copy: false,
+        };
+        Rc::new(Self(std::cell::RefCell::new(Membership {
+            epoch: Epoch(1),
+            members: vec![standing; replicas],
+        })))
+    }
+
+    fn state(&self, replica: usize) -> Member {
+        self.0.borrow().members[replica].state
+    }
+}
+
+#[async_trait::async_trait(?Send)]
+impl Register for Memory {
+    async fn swap(&self, _volume: VolumeId, from: Epoch, to: &Membership) -> Result<()> {
+        // Durable at some point between call and return.
+        sleep(Duration::from_micros(50)).await;
+        {
+            let mut now = self.0.borrow_mut();
+            assert_eq!(now.epoch, from, "one owner");
+            assert!(to.epoch > from);
+            assert!(to.members.iter().any(|standing| standing.state == Member::InSync));
+            *now = to.clone();
+        }
+        sleep(Duration::from_micros(50)).await;
+        Ok(())
+    }
 }
 
 /// Open stores.
@@ -76,6 +149,7 @@ fn fresh(replicas: usize, extents: u64) -> Vec<Media> {
 struct Stores {
     driver: Rc<SimDriver>,
     ios: Vec<Rc<StoreIo>>,
+    register: Rc<Memory>,
 }
 
 impl Stores {
@@ -96,7 +170,21 @@ impl Stores {
             size_bytes,
             sealer: Sealer::new(DATASET, &key).unwrap(),
             key_version: KeyVersion(1),
-            replicas: self.ios.clone(),
+            replicas: (0..self.ios.len()).map(|replica| self.replica(replica)).collect(),
+            membership_epoch: self.register.0.borrow().epoch,
+            register: self.register.clone(),
+        }
+    }
+
+    fn replica(&self, replica: usize) -> ReplicaSpec {
+        let standing = self.register.0.borrow().members[replica].clone();
+        ReplicaSpec {
+            store: StoreId::NIL,
+            name: self.handle(replica).info().name.to_string(),
+            io: Some(self.ios[replica].clone()),
+            state: standing.state,
+            full_copy: standing.full_copy,
+            reason: standing.reason,
         }
     }
 
@@ -179,6 +267,20 @@ fn with_stores<T: 'static, F>(seed: u64, media: Vec<Media>, work: F) -> (Option<
 where
     F: AsyncFnOnce(Stores) -> T + 'static,
 {
+    let register = Memory::new(media.len());
+    with_register(seed, media, register, work)
+}
+
+/// The same with a membership that outlives it.
+fn with_register<T: 'static, F>(
+    seed: u64,
+    media: Vec<Media>,
+    register: Rc<Memory>,
+    work: F,
+) -> (Option<T>, Rc<SimDriver>)
+where
+    F: AsyncFnOnce(Stores) -> T + 'static,
+{
     let replicas = media.len();
     let driver = SimDriver::new(seed, media);
     let runtime = Runtime::new(driver.clone());
@@ -191,7 +293,11 @@ where
                 let handle = store::open(&world.file(slot), Expect::default()).await.unwrap();
                 ios.push(StoreIo::attach(&handle).unwrap());
             }
-            let stores = Stores { driver: world, ios };
+            let stores = Stores {
+                driver: world,
+                ios,
+                register,
+            };
             let result = work(stores.clone()).await;
             for io in &stores.ios {
                 // A faulty store has nothing to close; else no write is left under way.
