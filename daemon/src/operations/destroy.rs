@@ -13,7 +13,7 @@ use libvol::catalog::{DestroyRecord, DestroyedStore, Phase, StoreRecord, Tombsto
 use libvol::control::{self, DestroyState, DestroyStep};
 use libvol::destroy::{self, Ledger, Outcome, Part, Reached};
 use libvol::ids::{Name, StoreId, VolumeId, VolumePath};
-use libvol::limits::{BLOCK, SECTOR_SIZE};
+use libvol::store::scrubbed_bytes;
 use libvol::{Error, Result, tenant};
 use tokio::runtime::Handle;
 
@@ -200,7 +200,7 @@ impl Operations {
                 Some(Reached::Gone { extents }) => (DestroyStep::Scrubbing, extents, extents),
             }
         };
-        let bytes = |extents: u32| u64::from(extents) * (extent_bytes + sum_area_bytes(extent_bytes));
+        let bytes = |extents: u32| scrubbed_bytes(extents, extent_bytes);
         Ok(control::DestroyStore {
             store: self.store_name(part.store),
             state,
@@ -249,11 +249,6 @@ impl Operations {
             |record| record.name,
         )
     }
-}
-
-/// Bytes of an extent's checksum area: a header sector and four bytes a block, in whole blocks (FORMAT.md).
-fn sum_area_bytes(extent_bytes: u64) -> u64 {
-    (SECTOR_SIZE as u64 + 4 * (extent_bytes / BLOCK)).next_multiple_of(BLOCK)
 }
 
 /// The catalog as the job's ledger. The job runs on a shard, which must not wait for the catalog's disk: commits go to
@@ -312,17 +307,5 @@ impl Ledger for CatalogLedger {
             })
         })
         .await
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_checksum_area_is_a_sector_and_four_bytes_a_block_in_whole_blocks() {
-        assert_eq!(sum_area_bytes(1 << 20), 4096);
-        assert_eq!(sum_area_bytes(4 << 20), 8192);
-        assert_eq!(sum_area_bytes(64 << 20), 69632);
     }
 }

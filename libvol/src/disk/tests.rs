@@ -673,19 +673,19 @@ fn where_io_uring_is_refused_threads_take_over_and_the_line_says_why() {
 }
 
 #[test]
-#[ignore = "needs root and loop devices"]
 fn a_block_device_is_claimed_and_classified_with_what_is_below_it() {
     let (scratch, file) = Scratch::new(1024);
     drop(file);
     let output = std::process::Command::new("losetup")
+        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
         .args(["--find", "--show", "--direct-io=on"])
         .arg(&scratch.path)
         .output()
         .expect("losetup is missing: apt-get install mount");
     assert!(
         output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
+        "losetup failed: {}; block devices are tested on loop devices: run as root with /dev/loop-control present",
+        String::from_utf8_lossy(&output.stderr).trim()
     );
     let device = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
     let outcome = std::panic::catch_unwind(|| {
@@ -714,6 +714,7 @@ fn a_block_device_is_claimed_and_classified_with_what_is_below_it() {
         println!("{medium:?}");
     });
     let detached = std::process::Command::new("losetup")
+        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
         .arg("--detach")
         .arg(&device)
         .status();

@@ -248,6 +248,11 @@ impl Layout {
     }
 }
 
+/// Bytes that scrubbing `extents` extents overwrites and reads back: their data and their checksum areas.
+pub fn scrubbed_bytes(extents: u32, extent_bytes: u64) -> u64 {
+    u64::from(extents) * (extent_bytes + sum_area_bytes(extent_bytes))
+}
+
 /// One header sector and 4 bytes a block, in whole blocks: 8 KiB for 4 MiB.
 fn sum_area_bytes(extent_bytes: u64) -> u64 {
     let sums = extent_bytes / BLOCK * 4;
@@ -287,6 +292,7 @@ mod tests {
     #[test]
     fn a_checksum_area_is_8_kib_for_the_default_extent_and_always_holds_every_sum() {
         assert_eq!(sum_area_bytes(EXTENT_BYTES_DEFAULT), 8192);
+        assert_eq!(scrubbed_bytes(3, EXTENT_BYTES_DEFAULT), 3 * ((4 << 20) + 8192));
         let mut extent_bytes = EXTENT_BYTES_MIN;
         while extent_bytes <= EXTENT_BYTES_MAX {
             assert!(sum_area_bytes(extent_bytes) >= 512 + extent_bytes / 4096 * 4);
