@@ -14,7 +14,7 @@ use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use libvol::ids::{AttachmentId, InstallationId};
+use libvol::ids::AttachmentId;
 use libvol::{Error, Result};
 use rustix::fs::{FlockOperation, flock};
 
@@ -22,6 +22,8 @@ use crate::process::path_error;
 
 /// Longest path of a Unix socket: `sun_path` has 108 bytes, one for the end.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
+/// What an attachment's socket adds to the directory's path, the longest of all sockets: `/run/` 12 hex digits `.sock`.
+const SOCKET_NAME_BYTES: usize = 5 + 12 + 5;
 
 /// A locked data directory. The lock goes with the process, or with this value.
 pub(crate) struct DataDir {
@@ -33,12 +35,20 @@ impl DataDir {
     /// Takes the directory for a daemon: made and laid out where it is missing.
     ///
     /// # Errors
-    /// `Busy` with the pid of who has it; `Refused`, `ReadOnly`, `Io`.
+    /// `Busy` with the pid of who has it; `Invalid` when its path is too long for sockets; `Refused`, `ReadOnly`, `Io`.
     pub(crate) fn take(path: &Path) -> Result<Self> {
         make_dir(path, 0o711)?;
         let path = path
             .canonicalize()
             .map_err(|e| path_error(path, "cannot be resolved", e))?;
+        let long = path.as_os_str().len();
+        if long + SOCKET_NAME_BYTES > SOCKET_PATH_BYTES_MAX {
+            return Err(Error::invalid(format!(
+                "{}: {long} bytes are too long for the path of a data directory, {} are allowed (a Unix socket's path has at most {SOCKET_PATH_BYTES_MAX}); use a shorter --data-dir",
+                path.display(),
+                SOCKET_PATH_BYTES_MAX - SOCKET_NAME_BYTES
+            )));
+        }
         let lock = lock(&path)?;
         make_dir(&path.join("keys"), 0o700)?;
         let run = path.join("run");
@@ -74,52 +84,15 @@ impl DataDir {
     }
 
     /// The API's socket.
-    ///
-    /// # Errors
-    /// `Invalid` when the path is too long for a socket.
-    pub(crate) fn api_socket(&self) -> Result<PathBuf> {
-        let path = self.path.join("api.sock");
-        if path.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
-            return Err(Error::invalid(format!(
-                "{}: the path is longer than the {SOCKET_PATH_BYTES_MAX} bytes a Unix socket may have; use a shorter --data-dir",
-                path.display()
-            )));
-        }
-        Ok(path)
+    pub(crate) fn api_socket(&self) -> PathBuf {
+        self.path.join("api.sock")
     }
 
-    /// Where an attachment's socket is, in every run: `DIR/run`, or, where that is too long, a directory of this
-    /// installation under `/run` (root) or `$XDG_RUNTIME_DIR`. Derived, not recorded: the daemon of a copied directory
-    /// must not touch the sockets of the original's.
-    ///
-    /// # Errors
-    /// `Invalid` when every place is too long; `Io`.
-    pub(crate) fn attachment_socket(
-        &self,
-        installation: InstallationId,
-        id: AttachmentId,
-    ) -> Result<PathBuf> {
+    /// Where an attachment's socket is, in every run. Derived, not recorded: the daemon of a copied directory must not touch
+    /// the sockets of the original's.
+    pub(crate) fn attachment_socket(&self, id: AttachmentId) -> PathBuf {
         let name = format!("{}.sock", &id.0.simple().to_string()[..12]);
-        let near = self.path.join("run").join(&name);
-        if near.as_os_str().len() <= SOCKET_PATH_BYTES_MAX {
-            return Ok(near);
-        }
-        let base = if crate::process::own_uid() == 0 {
-            Some(PathBuf::from("/run"))
-        } else {
-            std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from)
-        };
-        let far = base.map(|base| {
-            base.join(format!("vold-{}", &installation.0.simple().to_string()[..12]))
-                .join(&name)
-        });
-        match far {
-            Some(far) if far.as_os_str().len() <= SOCKET_PATH_BYTES_MAX => Ok(far),
-            _ => Err(Error::invalid(format!(
-                "{}: longer than the {SOCKET_PATH_BYTES_MAX} bytes a Unix socket's path may have; use a shorter --data-dir",
-                near.display()
-            ))),
-        }
+        self.path.join("run").join(name)
     }
 
     /// Sockets in `DIR/run` now.
@@ -201,16 +174,19 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_of_a_long_directory_moves_elsewhere_or_is_refused_never_cut() {
+    fn a_directory_too_long_for_its_sockets_is_refused_at_once_and_the_longest_allowed_is_not() {
         let parent = tempfile::tempdir().unwrap();
-        let short = DataDir::take(parent.path()).unwrap();
-        let (installation, id) = (InstallationId::random(), AttachmentId::random());
-        let near = short.attachment_socket(installation, id).unwrap();
-        assert!(near.starts_with(short.path.join("run")));
-        let long = DataDir::take(&parent.path().join("d".repeat(120))).unwrap();
-        assert_eq!(long.api_socket().unwrap_err().kind(), Kind::Invalid);
-        if let Ok(far) = long.attachment_socket(installation, id) {
-            assert!(far.as_os_str().len() <= SOCKET_PATH_BYTES_MAX);
+        let parent = parent.path().canonicalize().unwrap();
+        let room = SOCKET_PATH_BYTES_MAX - SOCKET_NAME_BYTES - parent.as_os_str().len() - 1;
+        let longest = DataDir::take(&parent.join("d".repeat(room))).unwrap();
+        for socket in [
+            longest.attachment_socket(AttachmentId::random()),
+            longest.api_socket(),
+        ] {
+            drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
         }
+        let error = DataDir::take(&parent.join("d".repeat(room + 1))).err().unwrap();
+        assert_eq!(error.kind(), Kind::Invalid);
+        assert!(error.message().contains("shorter --data-dir"), "{error}");
     }
 }

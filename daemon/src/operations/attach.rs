@@ -19,7 +19,6 @@ use libvol::{Error, Kind, Result};
 
 use super::volume::holder;
 use super::{Operations, vm_named, volume_named};
-use crate::data_dir::make_dir;
 use crate::process::{own_uid, path_error};
 use crate::shard::DoorSpec;
 
@@ -93,7 +92,7 @@ impl Operations {
         request: &control::Attach,
     ) -> Result<control::Attachment> {
         let id = AttachmentId::random();
-        warn_if_unreachable(&self.dirs.attachment_socket(self.installation(), id)?, &vm);
+        warn_if_unreachable(&self.dirs.attachment_socket(id), &vm);
         self.open_volume(&volume).await?;
         let recorded = self.change(|tx| {
             let mut volume = volume_named(tx, &volume.path)?;
@@ -146,7 +145,7 @@ impl Operations {
             return Ok(());
         }
         self.open_volume(volume).await?;
-        let socket = self.socket(attachment)?;
+        let socket = self.socket(attachment);
         let spec = DoorSpec {
             facts: AttachmentFacts {
                 volume: volume.id,
@@ -200,7 +199,7 @@ impl Operations {
             }
         };
         let epoch = self.unrecord(&volume, &attachment)?;
-        remove_socket(&self.socket(&attachment)?);
+        remove_socket(&self.socket(&attachment));
         self.shards
             .of_volume(id)
             .call(move |registry| async move {
@@ -245,7 +244,7 @@ impl Operations {
         vm: VmRecord,
     ) -> Result<control::Attachment> {
         let connections = self.report(attachment.volume).await?.map_or(0, |r| r.connections);
-        let socket = self.socket(&attachment)?;
+        let socket = self.socket(&attachment);
         let socket = socket.to_str().ok_or_else(|| {
             Error::unsupported(format!(
                 "{}: the socket's path is not UTF-8; use another --data-dir",
@@ -267,8 +266,8 @@ impl Operations {
     }
 
     /// Where an attachment's socket is.
-    pub(super) fn socket(&self, attachment: &AttachmentRecord) -> Result<PathBuf> {
-        self.dirs.attachment_socket(self.installation(), attachment.id)
+    pub(super) fn socket(&self, attachment: &AttachmentRecord) -> PathBuf {
+        self.dirs.attachment_socket(attachment.id)
     }
 
     /// Whose customer a VM is of, for messages at start.
@@ -285,9 +284,6 @@ impl Operations {
 /// A listening socket at `path`, 0600, owned by `uid`. One that an earlier run left is replaced: the data directory's
 /// lock says that nobody listens there.
 fn bind(path: &Path, uid: u32) -> Result<UnixListener> {
-    if let Some(dir) = path.parent() {
-        make_dir(dir, 0o711)?;
-    }
     remove_socket(path);
     let listener = UnixListener::bind(path).map_err(|e| path_error(path, "the socket cannot be made", e))?;
     let given = std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).and_then(|()| {
@@ -408,7 +404,7 @@ mod tests {
     #[test]
     fn a_bound_socket_is_private_and_replaces_a_stale_one() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("run/a.sock");
+        let path = dir.path().join("a.sock");
         drop(bind(&path, own_uid()).unwrap());
         assert!(path.exists(), "a stale socket");
         let _listener = bind(&path, own_uid()).unwrap();

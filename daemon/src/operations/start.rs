@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use libvol::catalog::{AttachmentRecord, Catalog, DestroyRecord, Phase, StoreRecord, VolumeRecord};
 use libvol::disk::EngineChoice;
 use libvol::keys::KeyService;
+use libvol::limits::STORE_LOCK_WAIT;
 use libvol::{Error, Result};
 use tokio::task::JoinSet;
 
@@ -25,9 +26,6 @@ use super::{Operations, Seat};
 use crate::data_dir::DataDir;
 use crate::shard::Shards;
 
-/// How long an earlier daemon's transfers on a store may take to end. A killed process's ring is torn down by the kernel
-/// after its last transfer; a disk that takes longer than this is hung, and its store stays out.
-const LOCK_WAIT: Duration = Duration::from_secs(10);
 /// How often open stores are asked for faults.
 const FAULT_POLL: Duration = Duration::from_millis(250);
 /// How often a background recovery is asked whether it has ended.
@@ -69,7 +67,7 @@ impl Operations {
         for record in self.look(|view| view.all::<StoreRecord>())? {
             let operations = self.clone();
             opening.spawn(async move {
-                let opened = operations.open_recorded(&record, LOCK_WAIT).await;
+                let opened = operations.open_recorded(&record, STORE_LOCK_WAIT).await;
                 (record, opened)
             });
         }
@@ -93,7 +91,7 @@ impl Operations {
     /// Every volume to where the catalog says it should be.
     async fn take_up_volumes(self: &Arc<Self>) -> Result<()> {
         let attachments = self.look(|view| view.all::<AttachmentRecord>())?;
-        let kept: Vec<PathBuf> = attachments.iter().filter_map(|a| self.socket(a).ok()).collect();
+        let kept: Vec<PathBuf> = attachments.iter().map(|a| self.socket(a)).collect();
         for path in self
             .dirs
             .sockets()
@@ -245,9 +243,7 @@ impl Operations {
         }
         if let Ok(attachments) = self.look(|view| view.all::<AttachmentRecord>()) {
             for attachment in attachments {
-                if let Ok(socket) = self.socket(&attachment) {
-                    remove_socket(&socket);
-                }
+                remove_socket(&self.socket(&attachment));
             }
         }
     }
