@@ -65,7 +65,8 @@ pub(super) async fn load(disk: &Disk, file: &DiskFile, expect: Expect) -> Result
     let layout = superblock.layout;
     let damaged = |what: String| {
         Error::damaged(format!(
-            "{path}: {what}; run `vold check`, and restore this store's replicas from the others"
+            "{path}: {what}; stop vold and let `vold check` list what is hurt, or give the store up: volctl store remove --lost {}",
+            superblock.name
         ))
     };
     let log = read(disk, layout.log.at, layout.log.len as usize);
@@ -125,8 +126,8 @@ pub(super) async fn read_superblock(
     let total = superblock.layout.total_bytes;
     if size_bytes < total {
         return Err(Error::invalid(format!(
-            "{path} is truncated: store \"{}\" has {total} bytes, the file only {size_bytes}; restore the whole file",
-            superblock.name
+            "{path} is truncated: store \"{}\" has {total} bytes, the file only {size_bytes}; put the whole file back, or give the store up: volctl store remove --lost {}",
+            superblock.name, superblock.name
         )));
     }
     if let Some(installation) = expect.installation

@@ -203,7 +203,7 @@ pub(super) fn choose(path: &str, copies: [Copy; 2]) -> Result<(Superblock, Vec<S
         )));
     }
     Err(Error::damaged(format!(
-        "{path}: both superblock copies are unusable ({}); restore the first 128 KiB, or remove the store as lost",
+        "{path}: both superblock copies are unusable ({}); put the file or device back as it was, or give the store up: volctl store remove --lost NAME",
         findings.join("; ")
     )))
 }
