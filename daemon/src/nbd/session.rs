@@ -168,7 +168,7 @@ impl Seat {
         alone && self.sessions.phase.get() != Phase::Ended
     }
 
-    /// The client has gone and requests are still running.
+    /// The client has gone, and requests may still be running.
     pub(super) fn leave(&self) {
         if !self.leaves.replace(true) {
             self.sessions.leaving.set(self.sessions.leaving.get() + 1);

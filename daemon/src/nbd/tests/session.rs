@@ -162,6 +162,42 @@ fn requests_of_a_lost_connection_end_before_its_sibling_starts_new_ones() {
 }
 
 #[test]
+fn a_write_that_waits_behind_a_full_window_does_not_land_after_a_newer_one() {
+    on_both(|| async {
+        const LONG: u32 = 20 << 20;
+        let server = Server::new(64 << 20);
+        let (old, old_task) = server.transmit().await;
+        let (mut new, _new_task) = server.transmit().await;
+        server.device.hold();
+        // Three reads at the device, which is as many as a depth of four allows; the write waits behind them.
+        for i in 0..3 {
+            old.request(0, READ, i, 0, LONG).await;
+        }
+        old.write(0, 3, 0, b"old").await;
+        // Beyond the window: the reader of this connection waits for room, and receives nothing.
+        old.request(0, READ, 4, 0, LONG).await;
+        eventually("the reads run", || server.device.running.get() == 3).await;
+        sleep(Duration::from_millis(20)).await;
+        old.drop_connection();
+        eventually("the loss is known", || server.sessions.leaving_connections() == 1).await;
+        new.write(0, 5, 0, b"new").await;
+        sleep(Duration::from_millis(20)).await;
+        assert_eq!(server.device.log.borrow().len(), 3, "the new write waits");
+        server.device.release();
+        assert_eq!(new.answer(0).await.error, 0);
+        assert_eq!(
+            server.device.ended.get(),
+            4,
+            "after everything of the lost connection"
+        );
+        old_task.await;
+        assert_eq!(server.device.contents(0, 3), b"new");
+        let writes = |what: &&String| what.starts_with("write");
+        assert_eq!(server.device.log.borrow().iter().filter(writes).count(), 1);
+    });
+}
+
+#[test]
 fn requests_still_in_the_socket_of_a_client_that_hung_up_are_not_served() {
     on_both(|| async {
         for still_reading in [false, true] {
