@@ -17,6 +17,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::poll_fn;
+use std::io;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 use std::time::Duration;
@@ -62,7 +63,7 @@ pub(super) async fn run<D: Device>(mut inbox: Inbox, negotiated: Negotiated<D>, 
         read_only: export.read_only,
         structured,
         allocation_context,
-        window: Window::new(DepthPolicy::of_process()),
+        window: Window::new(DepthPolicy::of_process(), seat.budget()),
         outbox: Outbox::default(),
         waiting: RefCell::default(),
         running: Cell::new(0),
@@ -104,6 +105,16 @@ enum End {
     Lost,
     /// Its bytes cannot be followed.
     Violation(&'static str),
+}
+
+impl End {
+    /// Of an error in the middle of a payload.
+    fn of_payload(e: &io::Error) -> Self {
+        match e.kind() {
+            io::ErrorKind::TimedOut => End::Violation("a payload that stopped coming"),
+            _ => End::Lost,
+        }
+    }
 }
 
 struct Connection<D> {
@@ -184,8 +195,10 @@ impl<D: Device> Connection<D> {
         self.window.enter(cost_bytes);
         match header.check(&self.rules()) {
             Err(refusal) => {
-                if !inbox.skip(payload_len).await.unwrap_or(false) {
-                    return Err(End::Lost);
+                match inbox.skip(payload_len).await {
+                    Ok(true) => {}
+                    Ok(false) => return Err(End::Lost),
+                    Err(e) => return Err(End::of_payload(&e)),
                 }
                 self.reply_error(cookie, refusal.error, &refusal.text, cost_bytes);
             }
@@ -198,7 +211,8 @@ impl<D: Device> Connection<D> {
                     let buf = self.device.pool().get(payload_len.next_multiple_of(BLOCK_SIZE));
                     match inbox.receive_into(buf, payload_len).await {
                         Ok(Some(buf)) => Some(PlainBuf(buf)),
-                        Ok(None) | Err(_) => return Err(End::Lost),
+                        Ok(None) => return Err(End::Lost),
+                        Err(e) => return Err(End::of_payload(&e)),
                     }
                 };
                 self.admit(Job {
