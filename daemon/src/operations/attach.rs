@@ -17,7 +17,7 @@ use libvol::limits::ATTACHMENTS_PER_VM;
 use libvol::tenant::{self, AttachFacts, AttachVerdict, AttachmentFacts};
 use libvol::{Error, Kind, Result};
 
-use super::volume::holder;
+use super::volume::{check_ready, holder};
 use super::{Operations, vm_named, volume_named};
 use crate::data_dir::make_dir;
 use crate::process::{own_uid, path_error};
@@ -38,9 +38,8 @@ impl Operations {
                 "vhost-user is not in this build of vold; attach with --via nbd",
             ));
         }
-        let id = self.look(|view| volume_named(view, path))?.id;
-        let _lock = self.volume_locks.lock(id).await;
-        let volume = self.ready_volume(path)?;
+        let (_lock, volume) = self.lock_volume(path).await?;
+        check_ready(&volume)?;
         let (vm, held) = self.look(|view| Ok((vm_named(view, &request.vm)?, holder(view, volume.id)?)))?;
         let attachments = self.look(|view| view.all::<AttachmentRecord>())?;
         let facts = AttachFacts {
@@ -183,13 +182,9 @@ impl Operations {
     /// `NotFound` (volume, VM, or the volume is not attached to that VM), `Io`.
     pub(crate) async fn detach(&self, request: control::Detach) -> Result<()> {
         let path = &request.volume;
-        let id = self.look(|view| volume_named(view, path))?.id;
-        let _lock = self.volume_locks.lock(id).await;
-        let (volume, vm, held) = self.look(|view| {
-            let volume = volume_named(view, path)?;
-            let held = holder(view, volume.id)?;
-            Ok((volume, vm_named(view, &request.vm)?, held))
-        })?;
+        let (_lock, volume) = self.lock_volume(path).await?;
+        let id = volume.id;
+        let (vm, held) = self.look(|view| Ok((vm_named(view, &request.vm)?, holder(view, id)?)))?;
         let attachment = match held {
             Some((attachment, holder)) if holder.id == vm.id => attachment,
             _ => {

@@ -209,9 +209,8 @@ impl Operations {
     ) -> Result<control::Volume> {
         let size = request.size_bytes;
         check_size(path, size)?;
-        let id = self.look(|view| volume_named(view, path))?.id;
-        let _lock = self.volume_locks.lock(id).await;
-        let record = self.ready_volume(path)?;
+        let (_lock, record) = self.lock_volume(path).await?;
+        check_ready(&record)?;
         if size < record.size_bytes {
             return Err(Error::invalid(format!(
                 "volume {path} has {} bytes and cannot shrink to {size}; create a smaller one and copy",
@@ -249,21 +248,6 @@ impl Operations {
                 Ok(())
             })
             .await
-    }
-
-    /// The volume, if it is neither being made nor being destroyed.
-    pub(super) fn ready_volume(&self, path: &VolumePath) -> Result<VolumeRecord> {
-        let record = self.look(|view| volume_named(view, path))?;
-        match record.phase {
-            Phase::Ready => Ok(record),
-            Phase::Creating => Err(Error::busy(format!(
-                "volume {path} is being created; if that was interrupted, it is rolled back when vold starts with its stores"
-            ))),
-            Phase::Destroying => Err(Error::busy(format!(
-                "volume {path} is being destroyed; follow it with: volctl destroy wait {}",
-                record.id
-            ))),
-        }
     }
 
     /// Opens a volume on its shard, unless it is open. Its lock is held.
@@ -461,6 +445,21 @@ impl Operations {
     /// Whether a store is open and well.
     pub(super) fn is_open(&self, store: libvol::ids::StoreId) -> bool {
         matches!(self.seat(store), Seat::Open(handle) if handle.fault().is_none())
+    }
+}
+
+/// Whether a volume is neither being made nor being destroyed.
+pub(super) fn check_ready(record: &VolumeRecord) -> Result<()> {
+    let path = &record.path;
+    match record.phase {
+        Phase::Ready => Ok(()),
+        Phase::Creating => Err(Error::busy(format!(
+            "volume {path} is being created; if that was interrupted, it is rolled back when vold starts with its stores"
+        ))),
+        Phase::Destroying => Err(Error::busy(format!(
+            "volume {path} is being destroyed; follow it with: volctl destroy wait {}",
+            record.id
+        ))),
     }
 }
 
