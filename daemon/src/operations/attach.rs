@@ -19,7 +19,7 @@ use libvol::{Error, Kind, Result};
 
 use super::volume::{check_ready, holder};
 use super::{Operations, vm_named, volume_named};
-use crate::data_dir::make_dir;
+use crate::data_dir::{check_own, make_dir};
 use crate::process::{own_uid, path_error};
 use crate::shard::DoorSpec;
 
@@ -159,10 +159,15 @@ impl Operations {
             read_only: attachment.read_only,
             listener: bind(&socket, vm.uid)?,
         };
-        self.shards
+        let opened = self
+            .shards
             .of_volume(volume.id)
             .call(move |registry| async move { registry.open_door(spec) })
-            .await
+            .await;
+        if opened.is_err() {
+            remove_socket(&socket);
+        }
+        opened
     }
 
     /// Removes the attachment and raises the volume's attachment epoch, durably. Returns the new epoch.
@@ -282,6 +287,7 @@ impl Operations {
 fn bind(path: &Path, uid: u32) -> Result<UnixListener> {
     if let Some(dir) = path.parent() {
         make_dir(dir, 0o711)?;
+        check_own(dir)?;
     }
     remove_socket(path);
     let listener = UnixListener::bind(path).map_err(|e| path_error(path, "the socket cannot be made", e))?;
@@ -289,7 +295,7 @@ fn bind(path: &Path, uid: u32) -> Result<UnixListener> {
         if uid == own_uid() {
             return Ok(());
         }
-        std::os::unix::fs::chown(path, Some(uid), None)
+        std::os::unix::fs::lchown(path, Some(uid), None)
     });
     if let Err(e) = given {
         remove_socket(path);
@@ -410,5 +416,14 @@ mod tests {
         let mode = std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode, 0o600);
         std::os::unix::net::UnixStream::connect(&path).unwrap();
+        // Where others may put things, none is made.
+        let open = dir.path().join("open");
+        std::fs::create_dir(&open).unwrap();
+        std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o777)).unwrap();
+        assert_eq!(
+            bind(&open.join("a.sock"), own_uid()).unwrap_err().kind(),
+            Kind::Refused
+        );
+        assert!(!open.join("a.sock").exists());
     }
 }
