@@ -17,7 +17,7 @@ use libvol::limits::ATTACHMENTS_PER_VM;
 use libvol::tenant::{self, AttachFacts, AttachVerdict, AttachmentFacts};
 use libvol::{Error, Kind, Result};
 
-use super::volume::holder;
+use super::volume::{check_ready, holder};
 use super::{Operations, vm_named, volume_named};
 use crate::process::{own_uid, path_error};
 use crate::shard::DoorSpec;
@@ -37,9 +37,8 @@ impl Operations {
                 "vhost-user is not in this build of vold; attach with --via nbd",
             ));
         }
-        let id = self.look(|view| volume_named(view, path))?.id;
-        let _lock = self.volume_locks.lock(id).await;
-        let volume = self.ready_volume(path)?;
+        let (_lock, volume) = self.lock_volume(path).await?;
+        check_ready(&volume)?;
         let (vm, held) = self.look(|view| Ok((vm_named(view, &request.vm)?, holder(view, volume.id)?)))?;
         let attachments = self.look(|view| view.all::<AttachmentRecord>())?;
         let facts = AttachFacts {
@@ -159,10 +158,15 @@ impl Operations {
             read_only: attachment.read_only,
             listener: bind(&socket, vm.uid)?,
         };
-        self.shards
+        let opened = self
+            .shards
             .of_volume(volume.id)
             .call(move |registry| async move { registry.open_door(spec) })
-            .await
+            .await;
+        if opened.is_err() {
+            remove_socket(&socket);
+        }
+        opened
     }
 
     /// Removes the attachment and raises the volume's attachment epoch, durably. Returns the new epoch.
@@ -182,13 +186,9 @@ impl Operations {
     /// `NotFound` (volume, VM, or the volume is not attached to that VM), `Io`.
     pub(crate) async fn detach(&self, request: control::Detach) -> Result<()> {
         let path = &request.volume;
-        let id = self.look(|view| volume_named(view, path))?.id;
-        let _lock = self.volume_locks.lock(id).await;
-        let (volume, vm, held) = self.look(|view| {
-            let volume = volume_named(view, path)?;
-            let held = holder(view, volume.id)?;
-            Ok((volume, vm_named(view, &request.vm)?, held))
-        })?;
+        let (_lock, volume) = self.lock_volume(path).await?;
+        let id = volume.id;
+        let (vm, held) = self.look(|view| Ok((vm_named(view, &request.vm)?, holder(view, id)?)))?;
         let attachment = match held {
             Some((attachment, holder)) if holder.id == vm.id => attachment,
             _ => {
@@ -290,7 +290,7 @@ fn bind(path: &Path, uid: u32) -> Result<UnixListener> {
         if uid == own_uid() {
             return Ok(());
         }
-        std::os::unix::fs::chown(path, Some(uid), None)
+        std::os::unix::fs::lchown(path, Some(uid), None)
     });
     if let Err(e) = given {
         remove_socket(path);
@@ -411,5 +411,14 @@ mod tests {
         let mode = std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode, 0o600);
         std::os::unix::net::UnixStream::connect(&path).unwrap();
+        // Where others may put things, none is made.
+        let open = dir.path().join("open");
+        std::fs::create_dir(&open).unwrap();
+        std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o777)).unwrap();
+        assert_eq!(
+            bind(&open.join("a.sock"), own_uid()).unwrap_err().kind(),
+            Kind::Refused
+        );
+        assert!(!open.join("a.sock").exists());
     }
 }

@@ -18,7 +18,7 @@ use libvol::{Error, Result, tenant};
 use tokio::runtime::Handle;
 
 use super::volume::holder;
-use super::{Operations, Seat, volume_named};
+use super::{Operations, Seat, locked_volume, volume_named};
 use crate::process::unix_seconds;
 
 impl Operations {
@@ -31,16 +31,16 @@ impl Operations {
         path: &VolumePath,
         now: bool,
     ) -> Result<control::Destroy> {
-        let volume = self.look(|view| volume_named(view, path))?;
         if !now {
+            self.look(|view| volume_named(view, path))?;
             return Err(Error::unsupported(format!(
                 "volume {path}: this build has no recycle bin to delete it to; use --now to destroy it at once, for good"
             )));
         }
+        let (_lock, volume) = self.lock_volume(path).await?;
         let id = volume.id;
-        let _lock = self.volume_locks.lock(id).await;
         let started = self.change(|tx| {
-            let mut volume = volume_named(tx, path)?;
+            let mut volume = locked_volume(tx, path, id)?;
             if volume.phase == Phase::Destroying {
                 return Ok(false);
             }

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use super::books::Books;
 use super::log::Entry;
-use super::record::{ExtentRecord, ExtentState, MEMBERS_MAX, Tombstone, VolumeEntry};
+use super::record::{ExtentRecord, ExtentState, MEMBERS_MAX, Tombstone, VolumeEntry, is_volume_size};
 use super::table::Record;
 use super::{Change, VolumeRecord};
 use crate::error::{Error, Result};
@@ -240,6 +240,12 @@ impl Transaction<'_> {
         if record.members.len() > MEMBERS_MAX {
             return Err(Error::invalid(format!(
                 "volume {volume}: more than {MEMBERS_MAX} replicas"
+            )));
+        }
+        if !is_volume_size(record.size_bytes) {
+            return Err(Error::invalid(format!(
+                "volume {volume}: a size of {} bytes, which no volume has",
+                record.size_bytes
             )));
         }
         // A destruction may be in the same batch, before this.

@@ -276,6 +276,26 @@ mod tests {
     }
 
     #[test]
+    fn a_right_checksum_does_not_make_a_layout_possible() {
+        let mut forged = example();
+        // All in proportion: a log of 5 GiB, which no transfer could read, and everything after it moved.
+        let more = (5 << 30) - forged.layout.log.len;
+        forged.layout.log.len += more;
+        for region in [
+            &mut forged.layout.table,
+            &mut forged.layout.sums,
+            &mut forged.layout.data,
+        ] {
+            region.at += more;
+        }
+        forged.layout.total_bytes += more;
+        let Copy::Damaged(why) = Superblock::decode(&forged.encode()) else {
+            panic!("believed");
+        };
+        assert!(why.contains("log"), "{why}");
+    }
+
+    #[test]
     fn foreign_bytes_and_damage_are_told_apart() {
         let error = choose("x", [Copy::Absent, Copy::Absent]).unwrap_err();
         assert_eq!(error.kind(), Kind::Invalid);

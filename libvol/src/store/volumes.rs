@@ -6,7 +6,7 @@
 
 use super::batch::Step;
 use super::keeper::Keeper;
-use super::record::{MEMBERS_MAX, Tombstone, VolumeEntry};
+use super::record::{MEMBERS_MAX, Tombstone, VolumeEntry, is_volume_size};
 use super::{Change, ScrubProgress, VolumeRecord, VolumeSlot, VolumeState, slots};
 use crate::error::{Error, Result};
 use crate::ids::VolumeId;
@@ -15,7 +15,8 @@ impl Keeper {
     pub(super) async fn add_volume(&self, slot: VolumeSlot, record: VolumeRecord) -> Result<()> {
         slots::check_fits(&slot)?;
         let volume = slot.volume;
-        if record.volume != volume || record.members.len() > MEMBERS_MAX {
+        let fits = record.members.len() <= MEMBERS_MAX && is_volume_size(record.size_bytes);
+        if record.volume != volume || !fits {
             return Err(Error::invalid(format!(
                 "volume {volume}: its record does not fit its slot"
             )));
