@@ -9,6 +9,7 @@ use std::sync::{Arc, OnceLock};
 use futures_channel::{mpsc, oneshot};
 
 use super::layout::Layout;
+use super::sync::SyncBook;
 use super::{
     Change, ExtentEntry, Finding, ScrubProgress, StoreInfo, StoreSpace, VolumeRecord, VolumeSlot, VolumeState,
 };
@@ -42,6 +43,7 @@ pub(super) struct Shared {
     pub(super) layout: Layout,
     pub(super) file: DiskFile,
     pub(super) findings: Vec<Finding>,
+    pub(super) syncs: SyncBook,
     space: SpaceCounters,
     fault: OnceLock<String>,
     closed: AtomicBool,
@@ -69,6 +71,7 @@ impl Shared {
             layout,
             file,
             findings,
+            syncs: SyncBook::default(),
             space: SpaceCounters::default(),
             fault: OnceLock::new(),
             closed: AtomicBool::new(false),
@@ -96,6 +99,10 @@ impl Shared {
             tracing::error!(store = %self.info.name, reason, "store is faulty and takes no more writes");
             let _ = self.sender.unbounded_send(Request::Faulty);
         }
+    }
+
+    pub(super) fn fault(&self) -> Option<&String> {
+        self.fault.get()
     }
 
     pub(super) fn publish(&self, space: StoreSpace) {
@@ -180,7 +187,7 @@ impl StoreHandle {
 
     /// Why the store takes no more writes (a sync or metadata write failed), once that has happened. Latched.
     pub fn fault(&self) -> Option<String> {
-        self.shared.fault.get().cloned()
+        self.shared.fault().cloned()
     }
 
     /// Latches the store as faulty: every later commit, write and flush is refused. Called by whoever sees a sync fail.

@@ -137,7 +137,7 @@ impl Keeper {
 
     /// After reading: what was read is made durable, replayed pages are written, slots are put right.
     async fn recover(&self) -> Result<()> {
-        self.disk.sync().await?;
+        self.shared.sync(&self.disk, "recovery").await?;
         self.checkpoint_now().await?;
         let (repair, stale) = {
             let mut slots = self.slots.borrow_mut();
@@ -148,18 +148,10 @@ impl Keeper {
         };
         for (number, sequence, slot) in repair {
             tracing::info!(store = %self.shared.info.name, volume = %slot.volume, "rewriting a bad slot copy");
-            slots::write(
-                &self.disk,
-                &self.layout,
-                self.superblock.store,
-                number,
-                sequence,
-                &slot,
-            )
-            .await?;
+            slots::write(&self.shared, &self.disk, number, sequence, &slot).await?;
         }
         for number in stale {
-            slots::erase(&self.disk, &self.layout, number).await?;
+            slots::erase(&self.shared, &self.disk, number).await?;
         }
         Ok(())
     }

@@ -23,7 +23,7 @@ impl Keeper {
         let _one_at_a_time = self.slot_lock.acquire(1).await;
         self.check_open()?;
         let number = self.slot_for(&slot)?;
-        slots::write(&self.disk, &self.layout, self.superblock.store, number, 1, &slot)
+        slots::write(&self.shared, &self.disk, number, 1, &slot)
             .await
             .map_err(|e| self.failed("add volume", e))?;
         let entry = VolumeEntry {
@@ -111,7 +111,7 @@ impl Keeper {
             return Ok(());
         };
         if !tombstone.keys_done {
-            slots::erase(&self.disk, &self.layout, slot)
+            slots::erase(&self.shared, &self.disk, slot)
                 .await
                 .map_err(|e| self.failed("destroy volume", e))?;
             tombstone.keys_done = true;

@@ -3,6 +3,7 @@
 mod crash;
 mod damage;
 mod drawing;
+mod faults;
 mod life;
 mod real;
 mod syncs;
