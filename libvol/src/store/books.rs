@@ -38,6 +38,8 @@ pub(super) struct Books {
     slots: HashMap<VolumeId, u32>,
     tombstones: HashMap<VolumeId, u32>,
     dead_datasets: HashSet<DatasetId>,
+    /// Slots that cannot be written: out of use until the store is opened again.
+    retired_slots: HashSet<u32>,
     /// Where the last reservation ended: sequential writers get neighbours.
     cursor: u32,
 }
@@ -60,6 +62,7 @@ impl Books {
             slots: HashMap::new(),
             tombstones: HashMap::new(),
             dead_datasets: HashSet::new(),
+            retired_slots: HashSet::new(),
             cursor: 0,
         };
         let mut findings = Vec::new();
@@ -328,10 +331,16 @@ impl Books {
         self.dead_datasets.contains(&dataset)
     }
 
-    /// An unused slot whose record is known.
+    /// An unused slot whose record is known, and which can be written as far as is known.
     pub(super) fn unused_slot(&self) -> Option<u32> {
-        (0..self.table.layout().slots)
-            .find(|slot| self.table.volume(*slot).is_none() && !self.table.is_unknown(*slot))
+        let usable = |slot: &u32| !self.table.is_unknown(*slot) && !self.retired_slots.contains(slot);
+        let mut usable = (0..self.table.layout().slots).filter(usable);
+        usable.find(|slot| self.table.volume(*slot).is_none())
+    }
+
+    /// A slot that cannot be written is not handed out.
+    pub(super) fn retire_slot(&mut self, slot: u32) {
+        self.retired_slots.insert(slot);
     }
 
     /// A place for one more tombstone.

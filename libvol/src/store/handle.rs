@@ -42,7 +42,8 @@ pub(super) struct Shared {
     pub(super) info: StoreInfo,
     pub(super) layout: Layout,
     pub(super) file: DiskFile,
-    pub(super) findings: Vec<Finding>,
+    /// Set once the store has recovered, before anybody has a handle.
+    findings: OnceLock<Vec<Finding>>,
     pub(super) syncs: SyncBook,
     space: SpaceCounters,
     fault: OnceLock<String>,
@@ -63,14 +64,13 @@ impl Shared {
         info: StoreInfo,
         layout: Layout,
         file: DiskFile,
-        findings: Vec<Finding>,
     ) -> (Arc<Self>, mpsc::UnboundedReceiver<Request>) {
         let (sender, receiver) = mpsc::unbounded();
         let shared = Self {
             info,
             layout,
             file,
-            findings,
+            findings: OnceLock::new(),
             syncs: SyncBook::default(),
             space: SpaceCounters::default(),
             fault: OnceLock::new(),
@@ -103,6 +103,11 @@ impl Shared {
 
     pub(super) fn fault(&self) -> Option<&String> {
         self.fault.get()
+    }
+
+    pub(super) fn set_findings(&self, findings: Vec<Finding>) {
+        let set = self.findings.set(findings);
+        assert!(set.is_ok(), "a store recovers once");
     }
 
     pub(super) fn publish(&self, space: StoreSpace) {
@@ -182,7 +187,7 @@ impl StoreHandle {
 
     /// What was found wrong when the store was opened; all else serves.
     pub fn findings(&self) -> &[Finding] {
-        &self.shared.findings
+        self.shared.findings.get().map_or(&[], Vec::as_slice)
     }
 
     /// Why the store takes no more writes (a sync or metadata write failed), once that has happened. Latched.
@@ -240,7 +245,8 @@ impl StoreHandle {
     /// Adds a volume: slot copies written, synced and read back one after the other, then its record committed.
     ///
     /// # Errors
-    /// `NoSpace` (no slot, or no room for its future tombstone), `Refused` (tombstoned), `Exists`, `Io`.
+    /// `NoSpace` (no slot, or no room for its future tombstone), `Refused` (tombstoned), `Exists`, `Io` (a slot that cannot
+    /// be written is not tried again).
     pub async fn add_volume(&self, slot: VolumeSlot, record: VolumeRecord) -> Result<()> {
         let volume = Box::new((slot, record));
         self.ask(|reply| Request::AddVolume(volume, reply)).await
@@ -267,7 +273,8 @@ impl StoreHandle {
     /// The caller has ended all I/O of the volume.
     ///
     /// # Errors
-    /// `NotFound` when the volume never was here, `Damaged` when its record is lost, `Io`, `Unavailable`.
+    /// `NotFound` when the volume never was here; `Damaged` when its record is lost; `Io` when a key copy cannot be
+    /// overwritten (the store goes on), `Unavailable`.
     pub async fn destroy_volume(&self, volume: VolumeId) -> Result<()> {
         self.ask(|reply| Request::Destroy(volume, reply)).await
     }

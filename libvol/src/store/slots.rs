@@ -199,14 +199,15 @@ pub(super) async fn write_copy(
     overwrite(shared, disk, number, copy, bytes).await
 }
 
-/// Overwrites both copies with zeros, each synced and read back.
+/// Overwrites both copies with zeros, each synced and read back. One that cannot be does not spare the other.
 ///
 /// # Errors
 /// As [`write()`].
 pub(super) async fn erase(shared: &Shared, disk: &Disk, number: u32) -> Result<()> {
     let zeros = Rc::new(Buf::zeroed(fields::SIZE));
-    overwrite(shared, disk, number, 0, zeros.clone()).await?;
-    overwrite(shared, disk, number, 1, zeros).await
+    let first = overwrite(shared, disk, number, 0, zeros.clone()).await;
+    let second = overwrite(shared, disk, number, 1, zeros).await;
+    first.and(second)
 }
 
 async fn overwrite(shared: &Shared, disk: &Disk, number: u32, copy: u8, bytes: Rc<Buf>) -> Result<()> {

@@ -23,9 +23,12 @@ impl Keeper {
         let _one_at_a_time = self.slot_lock.acquire(1).await;
         self.check_open()?;
         let number = self.slot_for(&slot)?;
-        slots::write(&self.shared, &self.disk, number, 1, &slot)
-            .await
-            .map_err(|e| self.failed("add volume", e))?;
+        if let Err(error) = slots::write(&self.shared, &self.disk, number, 1, &slot).await {
+            // No record says that the slot counts, so only the slot is lost; what it got goes now, or at the next open.
+            self.books.borrow_mut().retire_slot(number);
+            let _ = slots::erase(&self.shared, &self.disk, number).await;
+            return Err(error);
+        }
         let entry = VolumeEntry {
             record,
             dataset: slot.dataset,
@@ -111,9 +114,8 @@ impl Keeper {
             return Ok(());
         };
         if !tombstone.keys_done {
-            slots::erase(&self.shared, &self.disk, slot)
-                .await
-                .map_err(|e| self.failed("destroy volume", e))?;
+            // A copy that cannot be overwritten stays this destruction's trouble: nothing else depends on it.
+            slots::erase(&self.shared, &self.disk, slot).await?;
             tombstone.keys_done = true;
             self.commit(vec![Step::Tombstone(place, tombstone)]).await?;
         }
