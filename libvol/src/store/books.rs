@@ -343,6 +343,11 @@ impl Books {
         self.retired_slots.insert(slot);
     }
 
+    /// Whether some slot that no volume is live in could not be erased.
+    pub(super) fn has_retired_slots(&self) -> bool {
+        !self.retired_slots.is_empty()
+    }
+
     /// A place for one more tombstone.
     pub(super) fn tombstone_place(&self) -> Option<u32> {
         let layout = self.table.layout();
@@ -360,6 +365,11 @@ impl Books {
             (0..layout.tombstones).filter(|place| !self.table.is_unknown(layout.tombstone_index(*place)));
         let live = self.volumes().filter(|(_, entry)| !entry.tombstoned).count();
         (known.count() as u32).saturating_sub((self.tombstones.len() + live) as u32)
+    }
+
+    /// Whether some volume records cannot be read, so that nobody can tell whether a volume is here.
+    pub(super) fn has_unknown_volumes(&self) -> bool {
+        (0..self.table.layout().slots).any(|slot| self.table.is_unknown(slot))
     }
 
     /// Whether some tombstones cannot be read, so that nobody can tell whether a volume was destroyed.

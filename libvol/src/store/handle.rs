@@ -255,7 +255,8 @@ impl StoreHandle {
     /// Where a volume stands here.
     ///
     /// # Errors
-    /// `Damaged` when both slot copies are bad; `Unavailable`.
+    /// `Damaged` when both slot copies are bad, or when nothing is found and records that may be the volume's cannot be read;
+    /// `Unavailable`.
     pub async fn volume(&self, volume: VolumeId) -> Result<VolumeState> {
         self.ask(|reply| Request::Volume(volume, reply)).await
     }
@@ -273,8 +274,8 @@ impl StoreHandle {
     /// The caller has ended all I/O of the volume.
     ///
     /// # Errors
-    /// `NotFound` when the volume never was here; `Damaged` when its record is lost; `Io` when a key copy cannot be
-    /// overwritten (the store goes on), `Unavailable`.
+    /// `NotFound` when the volume never was here; `Damaged` when its record is lost, and with it where its keys are; `Io`
+    /// when a key copy cannot be overwritten (the store goes on), `Unavailable`.
     pub async fn destroy_volume(&self, volume: VolumeId) -> Result<()> {
         self.ask(|reply| Request::Destroy(volume, reply)).await
     }

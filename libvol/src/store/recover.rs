@@ -53,6 +53,8 @@ pub(super) struct Slots {
     pub(super) stale: Vec<u32>,
     /// Volumes named by slots whose records are unknown.
     pub(super) unknown: HashMap<VolumeId, u32>,
+    /// Slots whose records are unknown, and which have a copy that may be anybody's.
+    pub(super) anyones: Vec<u32>,
 }
 
 /// A slot copy to write anew.
@@ -245,8 +247,12 @@ impl Slots {
     fn take(&mut self, number: u32, copies: [SlotCopy; 2], books: &Books, findings: &mut Vec<Finding>) {
         if books.table().is_unknown(number) {
             for copy in copies {
-                if let SlotCopy::Valid(_, slot) = copy {
-                    self.unknown.insert(slot.volume, number);
+                match copy {
+                    SlotCopy::Valid(_, slot) => {
+                        self.unknown.insert(slot.volume, number);
+                    }
+                    SlotCopy::Zero => {}
+                    SlotCopy::Damaged(_) => self.anyones.push(number),
                 }
             }
             return;

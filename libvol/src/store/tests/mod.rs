@@ -5,6 +5,7 @@ mod damage;
 mod drawing;
 mod faults;
 mod life;
+mod lost;
 mod real;
 mod syncs;
 
