@@ -262,19 +262,18 @@ impl Keeper {
 
     pub(super) async fn scrubbed(&self, volume: VolumeId) -> Result<()> {
         self.changed
-            .until(|| match self.scrub_progress(volume) {
-                Ok(progress) if progress.keys_done && progress.extents_done == progress.extents => {
-                    Some(Ok(()))
+            .until(|| {
+                let books = self.books.borrow();
+                let Some((_, tombstone)) = books.tombstone(volume) else {
+                    return Some(self.scrub_progress(volume).map(drop));
+                };
+                match tombstone.keys_done && books.left_of(tombstone.dataset) == 0 {
+                    // What is out of use is not scrubbed: it may hold this volume's ciphertext, and that must not be
+                    // called done.
+                    true => Some(books.check_dataset(tombstone.dataset)),
+                    false => self.check_open().err().map(Err),
                 }
-                Ok(_) => self.check_open().err().map(Err),
-                Err(error) => Some(Err(error)),
             })
-            .await?;
-        let books = self.books.borrow();
-        match books.tombstone(volume) {
-            // What is out of use is not scrubbed: it may hold this volume's ciphertext, and that must not be called done.
-            Some((_, tombstone)) => books.check_dataset(tombstone.dataset),
-            None => Ok(()),
-        }
+            .await
     }
 }
