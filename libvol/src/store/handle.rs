@@ -4,7 +4,7 @@
 //! what it has begun, and reserved extents whose receiver is gone come back by themselves.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use futures_channel::{mpsc, oneshot};
 
@@ -37,6 +37,8 @@ pub(super) enum Request {
     Close(Reply<()>),
 }
 
+type OnFault = Box<dyn FnOnce() + Send>;
+
 /// What keeper, handles and data paths share.
 pub(super) struct Shared {
     pub(super) info: StoreInfo,
@@ -47,6 +49,8 @@ pub(super) struct Shared {
     pub(super) syncs: SyncBook,
     space: SpaceCounters,
     fault: OnceLock<String>,
+    /// Called when the latch closes. Nothing is called or locked while this is held.
+    on_fault: Mutex<Vec<OnFault>>,
     closed: AtomicBool,
     sender: mpsc::UnboundedSender<Request>,
 }
@@ -74,6 +78,7 @@ impl Shared {
             syncs: SyncBook::default(),
             space: SpaceCounters::default(),
             fault: OnceLock::new(),
+            on_fault: Mutex::default(),
             closed: AtomicBool::new(false),
             sender,
         };
@@ -98,11 +103,20 @@ impl Shared {
         if self.fault.set(reason.to_owned()).is_ok() {
             tracing::error!(store = %self.info.name, reason, "store is faulty and takes no more writes");
             let _ = self.sender.unbounded_send(Request::Faulty);
+            self.tell_fault();
         }
     }
 
     pub(super) fn fault(&self) -> Option<&String> {
         self.fault.get()
+    }
+
+    /// Calls those who want to hear of the fault. After the latch has closed.
+    fn tell_fault(&self) {
+        let waiting = std::mem::take(&mut *self.on_fault.lock().unwrap_or_else(PoisonError::into_inner));
+        for tell in waiting {
+            tell();
+        }
     }
 
     pub(super) fn set_findings(&self, findings: Vec<Finding>) {
@@ -198,6 +212,19 @@ impl StoreHandle {
     /// Latches the store as faulty: every later commit, write and flush is refused. Called by whoever sees a sync fail.
     pub fn latch_fault(&self, reason: &str) {
         self.shared.latch(reason);
+    }
+
+    /// Calls `tell` once when the store latches as faulty, at once if it has. On whatever thread sees the fault, so it
+    /// only wakes somebody.
+    pub fn on_fault(&self, tell: impl FnOnce() + Send + 'static) {
+        let shared = &self.shared;
+        let mut waiting = shared.on_fault.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.push(Box::new(tell));
+        drop(waiting);
+        // The latch may have closed just before, and told those who were there then.
+        if shared.fault().is_some() {
+            shared.tell_fault();
+        }
     }
 
     async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T> {
