@@ -55,6 +55,8 @@ pub(crate) struct Operations {
     volume_locks: Locks<VolumeId>,
     /// Held over adding and removing stores.
     stores_lock: tokio::sync::Mutex<()>,
+    /// A store has latched as faulty: wakes whoever writes that down.
+    faults: Arc<tokio::sync::Notify>,
     /// Destructions and recoveries under way.
     background: Mutex<JoinSet<()>>,
     started: Instant,
@@ -97,8 +99,17 @@ impl Operations {
     }
 
     fn set_seat(&self, store: StoreId, seat: Seat) {
+        let opened = match &seat {
+            Seat::Open(handle) => Some(handle.clone()),
+            Seat::Closed(_) => None,
+        };
         let mut stores = self.stores.write().unwrap_or_else(PoisonError::into_inner);
         stores.insert(store, seat);
+        drop(stores);
+        if let Some(handle) = opened {
+            let faults = self.faults.clone();
+            handle.on_fault(move || faults.notify_one());
+        }
     }
 
     fn drop_seat(&self, store: StoreId) {

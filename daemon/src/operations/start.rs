@@ -26,7 +26,7 @@ use super::{Operations, Seat};
 use crate::data_dir::DataDir;
 use crate::shard::Shards;
 
-/// How often open stores are asked for faults.
+/// How often open stores are asked for faults. They tell by themselves; this is for a record that could not be made.
 const FAULT_POLL: Duration = Duration::from_millis(250);
 /// How often a background recovery is asked whether it has ended.
 const RECOVERY_POLL: Duration = Duration::from_millis(200);
@@ -52,6 +52,7 @@ impl Operations {
             failures: Mutex::new(HashMap::new()),
             volume_locks: Locks::default(),
             stores_lock: tokio::sync::Mutex::default(),
+            faults: Arc::default(),
             background: Mutex::new(JoinSet::new()),
             started: Instant::now(),
         });
@@ -205,6 +206,11 @@ impl Operations {
         Ok(())
     }
 
+    /// Writes faults down as soon as stores latch.
+    ///
+    /// The latch itself holds from the instant of the failure, in this process. It survives the process only once the catalog
+    /// has it, a commit later: a crash in those milliseconds forgets it, and the next start opens the store like after any
+    /// crash. Nothing was acknowledged on the failed sync, and recovery reads what the device has, past every cache.
     fn watch_faults(self: &Arc<Self>) {
         let operations = self.clone();
         self.in_background(async move {
@@ -212,7 +218,7 @@ impl Operations {
                 if let Err(e) = operations.record_faults() {
                     tracing::error!("a store's fault cannot be recorded: {e}");
                 }
-                tokio::time::sleep(FAULT_POLL).await;
+                let _ = tokio::time::timeout(FAULT_POLL, operations.faults.notified()).await;
             }
         });
     }

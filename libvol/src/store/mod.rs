@@ -26,6 +26,7 @@ mod scrub;
 mod slots;
 mod sums;
 mod superblock;
+mod sync;
 mod table;
 #[cfg(test)]
 pub(crate) mod tests;
