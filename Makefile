@@ -7,7 +7,7 @@ SHELL := /bin/bash
 
 SAY := printf '\n== %s\n'
 
-.PHONY: help setup build demo test test-full bench fmt clippy
+.PHONY: help as-root setup build demo test test-full bench fmt clippy
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -22,10 +22,14 @@ build: setup ## Build vold, volctl and the tests
 demo: build ## Show the main job on real data, end to end, in under two minutes
 	@scripts/demo.sh target/debug
 
-test: build ## Format, lints, unit, property and end-to-end tests; within 8 minutes after the build
+# Before the build, so that nobody waits for it in vain.
+as-root:
+	@[ "$$(id -u)" -eq 0 ] || { echo 'the tests need root (loop devices, mounts, other users'"'"' ids); run: sudo env "PATH=$$PATH" make $(MAKECMDGOALS)' >&2; exit 1; }
+
+test: as-root build ## Format, lints, unit, property and end-to-end tests, as root; within 8 minutes after the build
 	@scripts/test.sh quick
 
-test-full: build ## The same tests, longer and larger
+test-full: as-root build ## The same tests, longer and larger, as root
 	@scripts/test.sh full
 
 bench: setup ## Compare with qemu-storage-daemon in one run; BENCH="--rounds 5 --only randread" passes options

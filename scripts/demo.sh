@@ -147,8 +147,12 @@ volctl volume delete acme/web --now >/dev/null
 volctl destroy wait "$id" | show
 volctl store list | show
 
-step "The extents are zeros on the raw stores"
+step "vold stops cleanly: on SIGTERM it ends with status 0, and its sockets are gone"
 stop_vold
+[ ! -e "$data/api.sock" ] || fail "the API's socket is still there"
+note "the log's last line: $(tail -n 1 "$work/vold.log" | sed 's/.*vold::serve: //')"
+
+step "The extents are zeros on the raw stores"
 for store in left right; do
     # Data extents begin on a multiple of 4 MiB after the metadata; everything from 1/8 of the file on is data.
     if ! tail -c +$((offset + 1)) "$work/$store.store" | cmp -s -n $(($(stat -c %s "$work/$store.store") - offset)) - /dev/zero; then

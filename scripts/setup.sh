@@ -2,14 +2,16 @@
 # Installs what the build and the tests need from Debian or Ubuntu, only what is missing, and says so.
 # Works as root or with sudo. Rust (cargo) itself is expected to be there.
 set -euo pipefail
+cd "$(dirname "$0")/.."
 
-# command:package. Build tools first (aws-lc needs a C compiler), then the clients that tests and benchmarks use.
+# command:package. Build tools first (aws-lc needs a C compiler), then the programs that tests, demo and benchmarks use
+# (tests/src/tools.rs has those of the tests again, for its messages; a test holds the two together).
 needed=(
     gcc:gcc make:make pkg-config:pkg-config
-    fio:fio nbdinfo:libnbd-bin nbdcopy:libnbd-bin nbdkit:nbdkit
-    qemu-img:qemu-utils qemu-io:qemu-utils qemu-nbd:qemu-utils qemu-storage-daemon:qemu-utils
-    mke2fs:e2fsprogs e2fsck:e2fsprogs debugfs:e2fsprogs
-    losetup:mount setpriv:util-linux cmp:diffutils jq:jq getconf:libc-bin
+    fio:fio nbdinfo:libnbd-bin nbdcopy:libnbd-bin
+    qemu-img:qemu-utils qemu-io:qemu-utils qemu-storage-daemon:qemu-utils
+    mke2fs:e2fsprogs e2fsck:e2fsprogs
+    losetup:mount mount:mount umount:mount setpriv:util-linux cmp:diffutils jq:jq getconf:libc-bin
 )
 
 # Debian's PATH of ordinary users leaves these out, and mke2fs and losetup are there.
@@ -19,6 +21,13 @@ say() { echo "setup: $*"; }
 fail() { echo "setup: $*" >&2; exit 1; }
 
 command -v cargo >/dev/null || fail "cargo is not installed; install Rust first: https://rustup.rs"
+rust_needed=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+rust_there=$(rustc --version | cut -d' ' -f2)
+if [ "$(printf '%s\n' "$rust_needed" "${rust_there%%-*}" | sort -V | head -n 1)" != "$rust_needed" ]; then
+    fail "Rust $rust_there is older than the $rust_needed that is needed; run: rustup update stable"
+fi
+cargo fmt --version >/dev/null 2>&1 || fail "rustfmt is not installed; run: rustup component add rustfmt"
+cargo clippy --version >/dev/null 2>&1 || fail "clippy is not installed; run: rustup component add clippy"
 
 missing_commands=()
 missing_packages=()
@@ -35,8 +44,14 @@ find_missing() {
     if ! [ -e /usr/include/stdlib.h ]; then missing_packages+=(libc6-dev); fi
 }
 
+# Distributions may build fio without it.
+check_fio() {
+    fio --enghelp | grep -qw nbd || fail "this fio ($(command -v fio)) has no nbd engine; install the distribution's: apt-get install fio"
+}
+
 find_missing
 if [ ${#missing_packages[@]} -eq 0 ]; then
+    check_fio
     say "everything needed is installed"
     exit 0
 fi
@@ -73,4 +88,5 @@ export DEBIAN_FRONTEND=noninteractive
 
 find_missing
 [ ${#missing_commands[@]} -eq 0 ] || fail "still missing after the installation: ${missing_commands[*]}"
+check_fio
 say "done"

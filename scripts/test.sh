@@ -5,8 +5,16 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 case "${1:-}" in
-    quick) unset VOLD_TEST_FULL ;;
-    full) export VOLD_TEST_FULL=1 ;;
+    quick)
+        unset VOLD_TEST_FULL
+        nextest=() libtest=()
+        ;;
+    full)
+        export VOLD_TEST_FULL=1
+        # Seeds of the simulated power cuts: of volumes FROM..TO, of stores how many.
+        export VOLD_SEEDS="${VOLD_SEEDS:-1000..1600}" VOLD_STORE_SEEDS="${VOLD_STORE_SEEDS:-400}"
+        nextest=(--profile full --run-ignored all) libtest=(--include-ignored)
+        ;;
     *) echo "usage: scripts/test.sh quick|full" >&2; exit 2 ;;
 esac
 
@@ -22,13 +30,19 @@ cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
 # clients, two at a time.
 if cargo nextest --version >/dev/null 2>&1; then
     part "unit, property and end-to-end tests, $1 (cargo nextest)"
-    cargo nextest run --workspace --locked --no-fail-fast --test-threads "${VOLD_TEST_THREADS:-2}"
+    cargo nextest run --workspace --locked --no-fail-fast --test-threads "${VOLD_TEST_THREADS:-2}" "${nextest[@]}"
 else
     part "unit, property and end-to-end tests, $1 (cargo test; cargo-nextest would be faster)"
-    cargo test --workspace --locked --no-fail-fast --all-targets -- --test-threads "${VOLD_TEST_THREADS:-2}"
+    cargo test --workspace --locked --no-fail-fast --all-targets -- --test-threads "${VOLD_TEST_THREADS:-2}" "${libtest[@]}"
 fi
 
 part "documentation examples (cargo test --doc)"
 cargo test --workspace --locked --doc --quiet
 
-part "all tests passed"
+# A test holds licences and sources to deny.toml in any case; cargo-deny, where it is, also knows of duplicates.
+if cargo deny --version >/dev/null 2>&1; then
+    part "licences, sources, duplicates (cargo deny)"
+    cargo deny --locked check bans licenses sources
+fi
+
+printf '\n== all tests passed in %d seconds\n' "$SECONDS"

@@ -52,6 +52,24 @@ pub fn ratios(samples: &[Sample], base: &[Sample]) -> Option<(f64, f64, f64)> {
     Some((least, median(each), greatest))
 }
 
+/// A median ratio beside the least that it must be.
+#[derive(Clone, Copy, Debug)]
+pub struct Verdict {
+    /// The load's name.
+    pub load: &'static str,
+    /// The least.
+    pub floor: f64,
+    /// What was measured.
+    pub ratio: f64,
+}
+
+impl Verdict {
+    /// Whether the floor is reached. Nothing measured reaches none.
+    pub fn met(&self) -> bool {
+        self.ratio >= self.floor
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -86,6 +104,18 @@ mod tests {
             (3.0, 6.0, Some(2.0))
         );
         assert_eq!(medians(&[sample(1.0, None)]).cpu_us, None);
+    }
+
+    #[test]
+    fn a_floor_is_met_by_itself_and_by_more_and_not_by_nothing() {
+        for (ratio, met) in [(1.19, false), (1.2, true), (3.0, true), (f64::NAN, false)] {
+            let verdict = Verdict {
+                load: "",
+                floor: 1.2,
+                ratio,
+            };
+            assert_eq!(verdict.met(), met, "{ratio}");
+        }
     }
 
     #[test]

@@ -20,6 +20,9 @@ pub struct Load {
     pub block_bytes: u64,
     /// Requests in flight.
     pub depth: u32,
+    /// The least ratio of vold with one replica to qemu-storage-daemon on a raw image, median over the rounds; none where
+    /// nothing is promised.
+    pub floor: Option<f64>,
 }
 
 const KIB: u64 = 1 << 10;
@@ -32,36 +35,42 @@ pub const LOADS: [Load; 6] = [
         rw: "randread",
         block_bytes: 4 * KIB,
         depth: 32,
+        floor: Some(1.2),
     },
     Load {
         name: "4k randwrite d32",
         rw: "randwrite",
         block_bytes: 4 * KIB,
         depth: 32,
+        floor: Some(1.3),
     },
     Load {
         name: "4k randread d1",
         rw: "randread",
         block_bytes: 4 * KIB,
         depth: 1,
+        floor: Some(0.95),
     },
     Load {
         name: "4k randwrite d1",
         rw: "randwrite",
         block_bytes: 4 * KIB,
         depth: 1,
+        floor: None,
     },
     Load {
         name: "1M read d8",
         rw: "read",
         block_bytes: MIB,
         depth: 8,
+        floor: None,
     },
     Load {
         name: "1M write d8",
         rw: "write",
         block_bytes: MIB,
         depth: 8,
+        floor: Some(1.4),
     },
 ];
 
@@ -71,6 +80,7 @@ pub const FILL: Load = Load {
     rw: "write",
     block_bytes: MIB,
     depth: 8,
+    floor: None,
 };
 
 /// Where the load goes.

@@ -8,20 +8,25 @@
 //!   api.sock      0600
 //!   run/          0711: one socket an attachment, each 0600 and owned by the VM's uid
 //! ```
+//!
+//! An existing directory is taken only if it is the daemon's own and nobody else may write in it: who can, could put
+//! keys, links and sockets of theirs there.
 
 use std::fs::{DirBuilder, File, OpenOptions, Permissions};
 use std::io::{Read, Seek, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use libvol::ids::{AttachmentId, InstallationId};
+use libvol::ids::AttachmentId;
 use libvol::{Error, Result};
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, OFlags, flock};
 
-use crate::process::path_error;
+use crate::process::{own_uid, path_error};
 
 /// Longest path of a Unix socket: `sun_path` has 108 bytes, one for the end.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
+/// What an attachment's socket adds to the directory's path, the longest of all sockets: `/run/` 12 hex digits `.sock`.
+const SOCKET_NAME_BYTES: usize = 5 + 12 + 5;
 
 /// A locked data directory. The lock goes with the process, or with this value.
 pub(crate) struct DataDir {
@@ -33,23 +38,34 @@ impl DataDir {
     /// Takes the directory for a daemon: made and laid out where it is missing.
     ///
     /// # Errors
-    /// `Busy` with the pid of who has it; `Refused`, `ReadOnly`, `Io`.
+    /// `Busy` with the pid of who has it; `Invalid` when its path is too long for sockets; `Refused`, `ReadOnly`, `Io`.
     pub(crate) fn take(path: &Path) -> Result<Self> {
         make_dir(path, 0o711)?;
         let path = path
             .canonicalize()
             .map_err(|e| path_error(path, "cannot be resolved", e))?;
+        let long = path.as_os_str().len();
+        if long + SOCKET_NAME_BYTES > SOCKET_PATH_BYTES_MAX {
+            return Err(Error::invalid(format!(
+                "{}: {long} bytes are too long for the path of a data directory, {} are allowed (a Unix socket's path has at most {SOCKET_PATH_BYTES_MAX}); use a shorter --data-dir",
+                path.display(),
+                SOCKET_PATH_BYTES_MAX - SOCKET_NAME_BYTES
+            )));
+        }
+        check_own(&path)?;
         let lock = lock(&path)?;
-        make_dir(&path.join("keys"), 0o700)?;
-        let run = path.join("run");
-        make_dir(&run, 0o711)?;
+        for (name, mode) in [("keys", 0o700), ("run", 0o711)] {
+            let dir = path.join(name);
+            make_dir(&dir, mode)?;
+            check_own(&dir)?;
+        }
         Ok(Self { path, _lock: lock })
     }
 
     /// Takes the existing directory of a stopped daemon, for an offline check.
     ///
     /// # Errors
-    /// `NotFound`, `Busy`.
+    /// `NotFound`, `Busy`, `Refused`.
     pub(crate) fn take_existing(path: &Path) -> Result<Self> {
         if !path.join("catalog.redb").exists() {
             return Err(Error::not_found(format!(
@@ -57,6 +73,7 @@ impl DataDir {
                 path.display()
             )));
         }
+        check_own(path)?;
         Ok(Self {
             path: path.to_owned(),
             _lock: lock(path)?,
@@ -74,52 +91,15 @@ impl DataDir {
     }
 
     /// The API's socket.
-    ///
-    /// # Errors
-    /// `Invalid` when the path is too long for a socket.
-    pub(crate) fn api_socket(&self) -> Result<PathBuf> {
-        let path = self.path.join("api.sock");
-        if path.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
-            return Err(Error::invalid(format!(
-                "{}: the path is longer than the {SOCKET_PATH_BYTES_MAX} bytes a Unix socket may have; use a shorter --data-dir",
-                path.display()
-            )));
-        }
-        Ok(path)
+    pub(crate) fn api_socket(&self) -> PathBuf {
+        self.path.join("api.sock")
     }
 
-    /// Where an attachment's socket is, in every run: `DIR/run`, or, where that is too long, a directory of this
-    /// installation under `/run` (root) or `$XDG_RUNTIME_DIR`. Derived, not recorded: the daemon of a copied directory
-    /// must not touch the sockets of the original's.
-    ///
-    /// # Errors
-    /// `Invalid` when every place is too long; `Io`.
-    pub(crate) fn attachment_socket(
-        &self,
-        installation: InstallationId,
-        id: AttachmentId,
-    ) -> Result<PathBuf> {
+    /// Where an attachment's socket is, in every run. Derived, not recorded: the daemon of a copied directory must not touch
+    /// the sockets of the original's.
+    pub(crate) fn attachment_socket(&self, id: AttachmentId) -> PathBuf {
         let name = format!("{}.sock", &id.0.simple().to_string()[..12]);
-        let near = self.path.join("run").join(&name);
-        if near.as_os_str().len() <= SOCKET_PATH_BYTES_MAX {
-            return Ok(near);
-        }
-        let base = if crate::process::own_uid() == 0 {
-            Some(PathBuf::from("/run"))
-        } else {
-            std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from)
-        };
-        let far = base.map(|base| {
-            base.join(format!("vold-{}", &installation.0.simple().to_string()[..12]))
-                .join(&name)
-        });
-        match far {
-            Some(far) if far.as_os_str().len() <= SOCKET_PATH_BYTES_MAX => Ok(far),
-            _ => Err(Error::invalid(format!(
-                "{}: longer than the {SOCKET_PATH_BYTES_MAX} bytes a Unix socket's path may have; use a shorter --data-dir",
-                near.display()
-            ))),
-        }
+        self.path.join("run").join(name)
     }
 
     /// Sockets in `DIR/run` now.
@@ -135,7 +115,7 @@ impl DataDir {
 }
 
 /// Makes a directory, with that mode if it was missing; an existing one keeps its mode.
-pub(crate) fn make_dir(path: &Path, mode: u32) -> Result<()> {
+fn make_dir(path: &Path, mode: u32) -> Result<()> {
     if path.is_dir() {
         return Ok(());
     }
@@ -147,6 +127,32 @@ pub(crate) fn make_dir(path: &Path, mode: u32) -> Result<()> {
         .map_err(|e| path_error(path, "the directory cannot be made", e))
 }
 
+/// Whether a directory is the daemon's own and closed to others' writes.
+///
+/// # Errors
+/// `Refused`, with what to do.
+fn check_own(dir: &Path) -> Result<()> {
+    let facts = std::fs::metadata(dir).map_err(|e| path_error(dir, "cannot be looked at", e))?;
+    match fault(facts.uid(), facts.mode(), own_uid()) {
+        Some(fault) => Err(Error::refused(format!("{}: {fault}", dir.display()))),
+        None => Ok(()),
+    }
+}
+
+fn fault(owner: u32, mode: u32, own: u32) -> Option<String> {
+    if owner != own {
+        return Some(format!(
+            "the directory belongs to uid {owner}, vold runs as uid {own}; chown it, or run vold as its owner"
+        ));
+    }
+    (mode & 0o022 != 0).then(|| {
+        format!(
+            "others may write in the directory (mode {:o}); take that away: chmod go-w",
+            mode & 0o7777
+        )
+    })
+}
+
 fn lock(dir: &Path) -> Result<File> {
     let path = dir.join("lock");
     let mut file = OpenOptions::new()
@@ -155,6 +161,7 @@ fn lock(dir: &Path) -> Result<File> {
         .create(true)
         .truncate(false)
         .mode(0o600)
+        .custom_flags(OFlags::NOFOLLOW.bits() as i32)
         .open(&path)
         .map_err(|e| path_error(&path, "the lock cannot be opened", e))?;
     if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
@@ -201,16 +208,58 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_of_a_long_directory_moves_elsewhere_or_is_refused_never_cut() {
+    fn a_directory_that_others_may_write_in_or_own_is_refused() {
         let parent = tempfile::tempdir().unwrap();
-        let short = DataDir::take(parent.path()).unwrap();
-        let (installation, id) = (InstallationId::random(), AttachmentId::random());
-        let near = short.attachment_socket(installation, id).unwrap();
-        assert!(near.starts_with(short.path.join("run")));
-        let long = DataDir::take(&parent.path().join("d".repeat(120))).unwrap();
-        assert_eq!(long.api_socket().unwrap_err().kind(), Kind::Invalid);
-        if let Ok(far) = long.attachment_socket(installation, id) {
-            assert!(far.as_os_str().len() <= SOCKET_PATH_BYTES_MAX);
+        let dir = parent.path().join("d");
+        let keys = DataDir::take(&dir).unwrap().keys();
+        for (place, was) in [(dir.clone(), 0o711), (keys, 0o700), (dir.join("run"), 0o711)] {
+            for mode in [0o777, 0o720, 0o702, 0o1777] {
+                std::fs::set_permissions(&place, Permissions::from_mode(mode)).unwrap();
+                let refusal = DataDir::take(&dir).err().expect("refused");
+                assert_eq!(refusal.kind(), Kind::Refused, "{mode:o}");
+                let words = [place.display().to_string(), "chmod go-w".to_owned()];
+                assert!(
+                    words.iter().all(|word| refusal.message().contains(word)),
+                    "{refusal}"
+                );
+            }
+            std::fs::set_permissions(&place, Permissions::from_mode(was)).unwrap();
         }
+        DataDir::take(&dir).unwrap();
+        let foreign = fault(1000, 0o700, 0).expect("root's daemon takes no user's directory");
+        assert!(
+            foreign.contains("uid 1000") && foreign.contains("uid 0"),
+            "{foreign}"
+        );
+        assert!(fault(0, 0o700, 1000).is_some());
+    }
+
+    #[test]
+    fn a_lock_that_is_a_link_is_not_followed() {
+        let parent = tempfile::tempdir().unwrap();
+        let (dir, elsewhere) = (parent.path().join("d"), parent.path().join("elsewhere"));
+        drop(DataDir::take(&dir).unwrap());
+        std::fs::write(&elsewhere, "kept").unwrap();
+        std::fs::remove_file(dir.join("lock")).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, dir.join("lock")).unwrap();
+        assert!(DataDir::take(&dir).is_err());
+        assert_eq!(std::fs::read_to_string(&elsewhere).unwrap(), "kept");
+    }
+
+    #[test]
+    fn a_directory_too_long_for_its_sockets_is_refused_at_once_and_the_longest_allowed_is_not() {
+        let parent = tempfile::tempdir().unwrap();
+        let parent = parent.path().canonicalize().unwrap();
+        let room = SOCKET_PATH_BYTES_MAX - SOCKET_NAME_BYTES - parent.as_os_str().len() - 1;
+        let longest = DataDir::take(&parent.join("d".repeat(room))).unwrap();
+        for socket in [
+            longest.attachment_socket(AttachmentId::random()),
+            longest.api_socket(),
+        ] {
+            drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+        }
+        let error = DataDir::take(&parent.join("d".repeat(room + 1))).err().unwrap();
+        assert_eq!(error.kind(), Kind::Invalid);
+        assert!(error.message().contains("shorter --data-dir"), "{error}");
     }
 }

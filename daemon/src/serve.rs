@@ -39,7 +39,7 @@ async fn serve(args: &Serve, config: &Config) -> Result<()> {
     // From here on a signal waits for its turn, so that a stop during the start is a clean one too.
     let mut stop = StopSignal::listen()?;
     let dirs = DataDir::take(&args.data_dir)?;
-    let api_socket = dirs.api_socket()?;
+    let api_socket = dirs.api_socket();
     let catalog = Catalog::open(&dirs.catalog())?;
     let keys = LocalKeystore::open_or_create(&dirs.keys())?;
     for finding in keys.findings() {

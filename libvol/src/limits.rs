@@ -27,6 +27,10 @@ pub const EXTENT_BYTES_MAX: u64 = 64 << 20;
 pub const STORE_BYTES_MIN: u64 = 64 << 20;
 /// Largest store: 2^32 extents of 4 MiB are 16 PiB; the table lives in memory, so stop at 64 TiB (16 Mi extents).
 pub const STORE_BYTES_MAX: u64 = 64 << 40;
+/// How long an earlier process's transfers on a store may take to end. A killed process's ring is torn down by the kernel
+/// after its last transfer, which a busy or throttled disk may keep for tens of seconds; one that takes longer than this is
+/// hung, and its store stays out.
+pub const STORE_LOCK_WAIT: std::time::Duration = std::time::Duration::from_secs(30);
 /// Stores of one daemon.
 pub const STORES_MAX: usize = 256;
 
@@ -43,6 +47,8 @@ pub const NBD_OPTIONS_MAX: u32 = 64;
 pub const NBD_REQUESTS_IN_FLIGHT: usize = 256;
 /// Payload bytes in flight on one connection: two of the largest requests.
 pub const NBD_BYTES_IN_FLIGHT: usize = 64 << 20;
+/// A payload that has begun holds its bytes, so it must go on: a client that sends nothing of it for so long is dropped.
+pub const NBD_PAYLOAD_SECONDS: u64 = 60;
 /// Connections of one attachment.
 pub const NBD_CONNECTIONS_PER_ATTACHMENT: usize = 16;
 /// A client that has not finished its handshake by then is dropped.
@@ -62,7 +68,10 @@ pub const ATTACHMENTS_PER_VM: usize = 64;
 /// CMKs of one local keystore: 16,384 slots of 8 KiB are 128 MiB; above [`CUSTOMERS_MAX`], which have one each.
 pub const KEYSTORE_CMKS_MAX: u32 = 16_384;
 
-/// Request bytes in flight on one volume, over all its connections: two connections' worth.
+/// Request bytes in flight on one volume, over all its connections: two connections' worth. Counted from before a payload
+/// is received until its reply has been sent. A connection that holds none may bring one request all the same, so that a
+/// client that does not read its replies on one connection is served on the others. The most that one attachment can make
+/// the daemon hold: two connections that fill it, and a largest request on each of the 14 others, 128 + 14 × 32 = 576 MiB.
 pub const VOLUME_BYTES_IN_FLIGHT: usize = 2 * NBD_BYTES_IN_FLIGHT;
 /// Idle request memory that one volume keeps: 32 requests of 1 MiB.
 pub const VOLUME_POOL_BYTES_IDLE: usize = 32 << 20;

@@ -8,7 +8,7 @@
 //! | [`nbd`] | a small NBD client that knows which writes were acknowledged and which were flushed |
 //! | [`raw`] | reads a raw store by docs/FORMAT.md alone, with another XTS |
 //! | [`content`] | seeded bytes to write and to find again |
-//! | [`devices`] | loop devices |
+//! | [`devices`] | loop devices, mounted file systems |
 //!
 //! Suites are in `tests/`, one property a file. Nothing here waits for a time: it waits for conditions, with a generous
 //! deadline. `VOLD_TEST_FULL=1` makes the same tests longer and larger.

@@ -69,11 +69,22 @@ pub const EINVAL: u32 = 22;
 pub const ENOSPC: u32 = 28;
 /// NBD_EOVERFLOW.
 pub const EOVERFLOW: u32 = 75;
+/// NBD_ENOTSUP.
+pub const ENOTSUP: u32 = 95;
 
 /// NBD_FLAG_READ_ONLY.
 pub const FLAG_READ_ONLY: u16 = 1 << 1;
 /// NBD_FLAG_CAN_MULTI_CONN.
 pub const FLAG_CAN_MULTI_CONN: u16 = 1 << 8;
+/// NBD_FLAG_SEND_CACHE.
+pub const FLAG_SEND_CACHE: u16 = 1 << 10;
+/// NBD_FLAG_SEND_FAST_ZERO.
+pub const FLAG_SEND_FAST_ZERO: u16 = 1 << 11;
+
+/// Client flags: fixed newstyle and no zeroes.
+const NEWSTYLE_NO_ZEROES: u32 = 3;
+/// Client flags: fixed newstyle, with the zeroes after EXPORT_NAME's answer.
+const NEWSTYLE: u32 = 1;
 
 const IHAVEOPT: &[u8; 8] = b"IHAVEOPT";
 const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
@@ -100,6 +111,34 @@ impl Haggle {
     /// # Errors
     /// The socket's; a server that hangs up.
     pub fn connect(socket: &Path) -> io::Result<Self> {
+        Self::greet(socket, NEWSTYLE_NO_ZEROES)
+    }
+
+    /// Connects and takes an export with EXPORT_NAME, with or without agreeing to leave the 124 zeroes out.
+    ///
+    /// # Errors
+    /// The socket's; a server that hangs up, which is how it refuses.
+    pub fn export_name(socket: &Path, export: &str, no_zeroes: bool) -> io::Result<Client> {
+        let flags = if no_zeroes { NEWSTYLE_NO_ZEROES } else { NEWSTYLE };
+        let mut haggle = Self::greet(socket, flags)?;
+        haggle.send(OPT_EXPORT_NAME, export.as_bytes())?;
+        let mut answer = [0; 10];
+        haggle.0.read_exact(&mut answer)?;
+        if !no_zeroes {
+            let mut zeroes = [1; 124];
+            haggle.0.read_exact(&mut zeroes)?;
+            assert_eq!(zeroes, [0; 124]);
+        }
+        Ok(Client {
+            stream: haggle.0,
+            size: u64::from_be_bytes(answer[..8].try_into().expect("8 bytes")),
+            flags: u16::from_be_bytes(answer[8..].try_into().expect("2 bytes")),
+            next_cookie: 0,
+            in_flight: HashMap::new(),
+        })
+    }
+
+    fn greet(socket: &Path, client_flags: u32) -> io::Result<Self> {
         let mut stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
@@ -109,7 +148,7 @@ impl Haggle {
         assert_eq!(&greeting[8..16], IHAVEOPT);
         let flags = u16::from_be_bytes([greeting[16], greeting[17]]);
         assert_eq!(flags & 3, 3, "fixed newstyle and no zeroes are offered");
-        stream.write_all(&3u32.to_be_bytes())?;
+        stream.write_all(&client_flags.to_be_bytes())?;
         Ok(Self(stream))
     }
 

@@ -309,26 +309,34 @@ impl RawStore {
 
     /// The slot of the volume with this id.
     pub fn slot(&self, volume: &str) -> Option<Slot> {
-        let wanted = volume.parse::<VolumeId>().expect("a volume id");
+        let slot = self.slot_places(volume)?.map(|at| self.bytes(at, BLOCK));
+        slot.into_iter()
+            .filter(|slot| is_slot_of(slot, volume))
+            .max_by_key(|slot| u64_at(slot, 32))
+            .map(|slot| Slot {
+                volume: id_at(&slot, 40),
+                customer: id_at(&slot, 56),
+                dataset: id_at(&slot, 72),
+                key: newest_key(&slot),
+            })
+    }
+
+    /// Where the two copies of the slot of the volume with this id are in the file.
+    pub fn slot_places(&self, volume: &str) -> Option<[u64; 2]> {
         let (at, len) = self.region(208);
-        let run = len / 2;
-        (0..u64::from(self.slots())).find_map(|number| {
-            [0, 1]
-                .map(|copy| self.bytes(at + copy * run + number * BLOCK as u64, BLOCK))
-                .into_iter()
-                .filter(|slot| {
-                    &slot[..8] == b"VOLDSLOT"
-                        && crc32c::crc32c(&slot[..4092]) == u32_at(slot, 4092)
-                        && slot[40..56] == wanted.as_bytes()[..]
-                })
-                .max_by_key(|slot| u64_at(slot, 32))
-                .map(|slot| Slot {
-                    volume: id_at(&slot, 40),
-                    customer: id_at(&slot, 56),
-                    dataset: id_at(&slot, 72),
-                    key: newest_key(&slot),
-                })
-        })
+        (0..u64::from(self.slots()))
+            .map(|number| [0, 1].map(|copy| at + copy * (len / 2) + number * BLOCK as u64))
+            .find(|places| {
+                places
+                    .iter()
+                    .any(|place| is_slot_of(&self.bytes(*place, BLOCK), volume))
+            })
+    }
+
+    /// Where the two copies of the last page of the table are in the file: it tells of extents.
+    pub fn last_page_places(&self) -> [u64; 2] {
+        let (at, len) = self.table_region();
+        [at + len / 2, at + len].map(|end| end - PAGE as u64)
     }
 
     /// The volume's first `len` bytes, decrypted by another implementation; every block is checked against its sum.
@@ -427,6 +435,14 @@ pub fn data_key(data_dir: &Path, slot: &Slot) -> [u8; 64] {
 enum Entry {
     Image(u32, [u8; RECORD]),
     Release([u8; 16]),
+}
+
+/// Whether this is a whole slot of the volume with this id.
+fn is_slot_of(slot: &[u8], volume: &str) -> bool {
+    let wanted = volume.parse::<VolumeId>().expect("a volume id");
+    &slot[..8] == b"VOLDSLOT"
+        && crc32c::crc32c(&slot[..4092]) == u32_at(slot, 4092)
+        && slot[40..56] == wanted.as_bytes()[..]
 }
 
 /// Of the keys in a slot, the one with the highest version.

@@ -10,17 +10,17 @@ const PACKAGES: [(&str, &str); 14] = [
     ("fio", "fio"),
     ("nbdinfo", "libnbd-bin"),
     ("nbdcopy", "libnbd-bin"),
-    ("nbdkit", "nbdkit"),
     ("qemu-img", "qemu-utils"),
     ("qemu-io", "qemu-utils"),
     ("qemu-storage-daemon", "qemu-utils"),
     ("mke2fs", "e2fsprogs"),
     ("e2fsck", "e2fsprogs"),
-    ("debugfs", "e2fsprogs"),
     ("losetup", "mount"),
+    ("mount", "mount"),
+    ("umount", "mount"),
     ("setpriv", "util-linux"),
     ("cmp", "diffutils"),
-    ("fallocate", "util-linux"),
+    ("getconf", "libc-bin"),
 ];
 
 /// A command for an external program.
@@ -137,4 +137,22 @@ pub fn same_bytes(a: &Path, b: &Path) -> bool {
 pub fn fail_hint(name: &str, output: &Output, hint: &str) -> String {
     let (_, err) = texts(output);
     format!("{name} failed ({}): {}; {hint}", output.status, err.trim())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_setup_script_installs_every_program_from_the_package_named_here() {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/setup.sh");
+        let script = std::fs::read_to_string(script).expect("the setup script");
+        for (program, package) in PACKAGES {
+            let entry = format!("{program}:{package}");
+            assert!(
+                script.split_whitespace().any(|word| word == entry),
+                "{entry} is not in scripts/setup.sh"
+            );
+        }
+    }
 }

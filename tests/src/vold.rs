@@ -237,16 +237,21 @@ impl Vold {
         }
     }
 
-    /// `vold check` of the stopped daemon's directory.
-    pub fn check(&self) -> Output {
-        assert!(self.process.is_none(), "check is for a stopped daemon");
-        Command::new(workspace_binary("vold"))
+    /// `vold check` of the daemon's directory.
+    pub fn check_command(&self) -> Command {
+        let mut command = Command::new(workspace_binary("vold"));
+        command
             .arg("check")
             .arg("--data-dir")
             .arg(self.data_dir())
-            .stdin(Stdio::null())
-            .output()
-            .expect("vold check starts")
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// `vold check` of the stopped daemon's directory.
+    pub fn check(&self) -> Output {
+        assert!(self.process.is_none(), "check is for a stopped daemon");
+        self.check_command().output().expect("vold check starts")
     }
 
     /// `vold check` that must find nothing wrong; gives its report.

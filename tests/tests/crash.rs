@@ -19,13 +19,35 @@ use vold_tests::{Engine, Vold, scale};
 const SECTOR: u64 = 512;
 const VOLUME: u64 = 48 << 20;
 
-/// Set-ups that the rounds go through.
-const SETUPS: [(Engine, usize); 4] = [
-    (Engine::Uring, 2),
-    (Engine::Threads, 2),
-    (Engine::Uring, 3),
-    (Engine::Uring, 1),
-];
+/// Runs a property with an engine, a number of replicas and a number of rounds, as one test for each set-up: five rounds in
+/// all, or with `VOLD_TEST_FULL` twenty for each.
+macro_rules! in_rounds {
+    ($property:ident) => {
+        mod $property {
+            use super::{Engine, scale};
+
+            #[test]
+            fn with_two_replicas_on_io_uring() {
+                super::$property(Engine::Uring, 2, scale(2, 20));
+            }
+            #[test]
+            fn with_two_replicas_on_threads() {
+                super::$property(Engine::Threads, 2, scale(1, 20));
+            }
+            #[test]
+            fn with_three_replicas_on_io_uring() {
+                super::$property(Engine::Uring, 3, scale(1, 20));
+            }
+            #[test]
+            fn with_one_replica_on_io_uring() {
+                super::$property(Engine::Uring, 1, scale(1, 20));
+            }
+        }
+    };
+}
+
+in_rounds!(acknowledged_writes_survive_kill_9_and_replicas_become_identical);
+in_rounds!(fio_verifies_everything_that_was_acknowledged_before_kill_9);
 
 /// What may be in each sector: the tag of the last acknowledged write (0 for zeros), then those of later ones without a
 /// reply.
@@ -174,35 +196,31 @@ fn replicas_are_identical(vold: &Vold, id: &str, replicas: usize) {
     }
 }
 
-#[test]
-fn acknowledged_writes_survive_kill_9_and_replicas_become_identical() {
-    let mut random = seeded("crash");
-    for (round_of_setups, (engine, replicas)) in SETUPS.into_iter().enumerate() {
-        let mut vold = Vold::start_on(engine);
-        let uri = vold.with_volume(replicas, "128M", &VOLUME.to_string());
-        let id = vold.volume("acme/vol")["id"].as_str().unwrap().to_owned();
-        let mut model = Model::new();
-        let mut tag = 0;
-        let rounds = if round_of_setups == 0 {
-            scale(2, 20)
-        } else {
-            scale(1, 20)
-        };
-        for round in 0..rounds {
-            let mut client = Client::connect(&uri);
-            let replies = random.random_range(50..2500);
-            model.write_until(&mut client, &mut random, replies, &mut tag);
-            vold.kill();
-            // The attachment outlives the daemon; recovery is online.
-            vold.restart();
-            println!("{engine:?}, {replicas} replicas, round {round}: {replies} replies before the kill");
-            model.verify(&mut Client::connect(&uri));
-            vold.stop();
-            replicas_are_identical(&vold, &id, replicas);
-            vold.check_is_clean();
-            vold.restart();
-            model.verify(&mut Client::connect(&uri));
-        }
+fn acknowledged_writes_survive_kill_9_and_replicas_become_identical(
+    engine: Engine,
+    replicas: usize,
+    rounds: usize,
+) {
+    let mut random = seeded(&format!("crash, {engine:?}, {replicas} replicas"));
+    let mut vold = Vold::start_on(engine);
+    let uri = vold.with_volume(replicas, "128M", &VOLUME.to_string());
+    let id = vold.volume("acme/vol")["id"].as_str().unwrap().to_owned();
+    let mut model = Model::new();
+    let mut tag = 0;
+    for round in 0..rounds {
+        let mut client = Client::connect(&uri);
+        let replies = random.random_range(50..2500);
+        model.write_until(&mut client, &mut random, replies, &mut tag);
+        vold.kill();
+        // The attachment outlives the daemon; recovery is online.
+        vold.restart();
+        println!("{engine:?}, {replicas} replicas, round {round}: {replies} replies before the kill");
+        model.verify(&mut Client::connect(&uri));
+        vold.stop();
+        replicas_are_identical(&vold, &id, replicas);
+        vold.check_is_clean();
+        vold.restart();
+        model.verify(&mut Client::connect(&uri));
     }
 }
 
@@ -233,32 +251,44 @@ fn a_second_kill_during_recovery_loses_nothing() {
     vold.check_is_clean();
 }
 
-/// fio saves what it has written and had acknowledged, pulls the trigger (kill -9), and verifies after the restart.
-#[test]
-fn fio_verifies_everything_that_was_acknowledged_before_kill_9() {
-    for round in 0..scale(1, 5) {
-        let (engine, replicas) = SETUPS[round % SETUPS.len()];
-        let mut vold = Vold::start_on(engine);
-        let uri = vold.with_volume(replicas, "128M", "64M");
-        let id = vold.volume("acme/vol")["id"].as_str().unwrap().to_owned();
-        let directory = vold.path("");
+/// fio writes with a flush every 32 writes, is cut off by kill -9, and saves what had been acknowledged; after the restart it
+/// verifies all of that.
+fn fio_verifies_everything_that_was_acknowledged_before_kill_9(
+    engine: Engine,
+    replicas: usize,
+    rounds: usize,
+) {
+    let mut vold = Vold::start_on(engine);
+    let uri = vold.with_volume(replicas, "128M", "64M");
+    let id = vold.volume("acme/vol")["id"].as_str().unwrap().to_owned();
+    for round in 0..rounds {
+        // Its own directory and its own blocks: what an earlier round saved and wrote is not this round's.
+        let directory = vold.path(&format!("fio-{round}"));
+        std::fs::create_dir(&directory).unwrap();
         let job = |options: &[&str]| {
             let mut fio = tool("fio");
             fio.current_dir(&directory)
                 .args(["--name=crash", "--ioengine=nbd", "--rw=randwrite", "--bs=4k"])
-                .args(["--iodepth=16", "--fsync=32", "--size=64M", "--loops=100"])
+                .args(["--fsync=32", "--size=64M", "--loops=100"])
                 .args(["--verify=crc32c", "--verify_fatal=1", "--output-format=terse"])
+                .arg(format!("--randseed={}", round + 1))
                 .arg(format!("--uri={uri}"))
                 .args(options);
             fio
         };
+        // fio saves how many writes it has sent, and which of the last sixteen had come back. So it sends sixteen at a time
+        // and takes them all before the next (no older one stays behind), and reads back one at a time (it looks into what
+        // it saved only once all before the last sixteen has been read).
         let cut = output(&mut job(&[
+            "--iodepth=16",
+            "--iodepth_batch_complete_min=16",
+            "--iodepth_low=1",
             "--do_verify=0",
             "--verify_state_save=1",
-            "--trigger-timeout=2",
+            "--trigger-timeout=1",
             &format!("--trigger=kill -9 {}", vold.pid()),
         ]));
-        println!("fio up to the kill: {:?}", texts(&cut));
+        println!("round {round}: fio up to the kill: {:?}", texts(&cut));
         let state = std::fs::read_dir(&directory).unwrap().find_map(|entry| {
             let name = entry.unwrap().file_name().into_string().unwrap();
             name.ends_with("verify.state").then_some(name)
@@ -268,6 +298,7 @@ fn fio_verifies_everything_that_was_acknowledged_before_kill_9() {
         vold.kill();
         vold.restart();
         succeed(&mut job(&[
+            "--iodepth=1",
             "--verify_only",
             "--verify_state_load=1",
             "--verify_state_save=0",
@@ -275,5 +306,6 @@ fn fio_verifies_everything_that_was_acknowledged_before_kill_9() {
         vold.stop();
         replicas_are_identical(&vold, &id, replicas);
         vold.check_is_clean();
+        vold.restart();
     }
 }

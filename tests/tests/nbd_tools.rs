@@ -23,6 +23,8 @@ fn nbdinfo_shows_the_export_as_it_is(setup: Setup) {
         "can_fua",
         "can_trim",
         "can_zero",
+        "can_fast_zero",
+        "can_cache",
         "can_multi_conn",
         "can_df",
     ] {

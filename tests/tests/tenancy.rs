@@ -161,6 +161,14 @@ fn the_socket_belongs_to_the_vms_uid_and_another_uid_is_turned_away_even_past_th
     );
     assert!(vold.log().contains("turned away"), "{}", vold.log());
     assert!(as_uid(65534).status.success());
+
+    // Root is no exception: it passes the mode, and is not even greeted.
+    assert!(!output(tool("nbdinfo").args(["--size", &uri])).status.success());
+    let mut stream = UnixStream::connect(&socket).expect("root passes the mode");
+    let mut greeting = Vec::new();
+    stream.read_to_end(&mut greeting).unwrap_or_default();
+    assert_eq!(greeting, [0; 0], "a wrong uid is told nothing");
+    assert!(vold.log().contains("uid=0"), "{}", vold.log());
 }
 
 /// Changing the uid needs root; a test that skipped itself here would look like one that passed.

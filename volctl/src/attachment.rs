@@ -48,7 +48,7 @@ pub(crate) struct DetachArgs {
 enum Via {
     /// NBD over a Unix socket
     Nbd,
-    /// vhost-user-blk
+    /// vhost-user-blk; not in this version
     VhostUser,
 }
 

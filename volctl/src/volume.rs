@@ -42,12 +42,12 @@ pub(crate) enum Command {
         #[arg(long, value_name = "SIZE", value_parser = parse_size)]
         size: u64,
     },
-    /// Delete a volume
+    /// Delete a volume for good; needs --now, for this version has no recycle bin
     Delete {
         /// Its full name
         #[arg(value_name = "CUSTOMER/NAME")]
         volume: VolumePath,
-        /// Destroy it at once: its keys, then every extent of every replica; nothing brings it back
+        /// Destroy it at once: its keys, then every extent of every replica; nothing brings it back. Required in this version
         #[arg(long)]
         now: bool,
     },

@@ -5,11 +5,12 @@
 //! qemu-storage-daemon on a raw image as least–median–greatest of the rounds' own ratios.
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use serde_json::json;
-use vold_benches::figures::{Sample, medians, ratios};
+use vold_benches::figures::{Sample, Verdict, medians, ratios};
 use vold_benches::load::{Duration, FILL, LOADS, Load, Target, run};
 use vold_benches::server::{CpuClock, Qemu, Setup, Vold};
 
@@ -43,6 +44,9 @@ struct Args {
     /// Further arguments of `vold serve`, for example --vold-arg=--io-engine=threads
     #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
     vold_arg: Vec<String>,
+    /// Exit with status 1 when vold-1 misses a floor
+    #[arg(long)]
+    check_floors: bool,
     /// Print one JSON document instead of the table
     #[arg(long)]
     json: bool,
@@ -57,8 +61,10 @@ struct Candidate {
 }
 
 const BASE: &str = "qemu-raw";
+/// Whom the floors hold for.
+const HELD: &str = "vold-1";
 
-fn main() -> Result<()> {
+fn main() -> Result<ExitCode> {
     let args = Args::parse();
     let loads: Vec<Load> = LOADS
         .into_iter()
@@ -71,6 +77,10 @@ fn main() -> Result<()> {
             "{name:?} is no target; see --help"
         );
     }
+    ensure!(
+        !args.check_floors || args.target.is_empty() || args.target.iter().any(|target| target == HELD),
+        "--check-floors needs {HELD} among the targets"
+    );
     let wanted = |name: &str| name == BASE || args.target.is_empty() || args.target.iter().any(|t| t == name);
     let scratch = tempfile::Builder::new()
         .prefix("vold-bench-")
@@ -159,12 +169,43 @@ fn main() -> Result<()> {
         args.seconds,
         args.dir.display()
     );
+    let verdicts = verdicts(&loads, &candidates, &samples);
     if args.json {
-        print_json(&head, &loads, &candidates, &samples);
+        print_json(&head, &loads, &candidates, &samples, &verdicts);
     } else {
         print_table(&head, &loads, &candidates, &samples);
+        print_verdicts(&verdicts);
     }
-    Ok(())
+    let missed = verdicts.iter().any(|verdict| !verdict.met());
+    Ok(ExitCode::from(u8::from(args.check_floors && missed)))
+}
+
+/// Each measured load that has a floor, against it.
+fn verdicts(loads: &[Load], candidates: &[Candidate], samples: &Samples) -> Vec<Verdict> {
+    let Some(held) = candidates.iter().position(|candidate| candidate.name == HELD) else {
+        return Vec::new();
+    };
+    let verdict = |(load, row): (&Load, &Vec<Vec<Sample>>)| {
+        Some(Verdict {
+            load: load.name,
+            floor: load.floor?,
+            ratio: ratios(&row[held], &row[0])?.1,
+        })
+    };
+    loads.iter().zip(samples).filter_map(verdict).collect()
+}
+
+fn print_verdicts(verdicts: &[Verdict]) {
+    println!();
+    for verdict in verdicts {
+        println!(
+            "floor {:<19} {HELD} {:.2} of {BASE}, at least {:.2}: {}",
+            verdict.load,
+            verdict.ratio,
+            verdict.floor,
+            if verdict.met() { "met" } else { "MISSED" }
+        );
+    }
 }
 
 /// Samples by load, candidate and round.
@@ -229,7 +270,7 @@ fn print_line(load: &str, target: &str, sample: &Sample, ratio: &str) {
     );
 }
 
-fn print_json(head: &str, loads: &[Load], candidates: &[Candidate], samples: &Samples) {
+fn print_json(head: &str, loads: &[Load], candidates: &[Candidate], samples: &Samples, verdicts: &[Verdict]) {
     let object = |sample: &Sample| {
         json!({
             "iops": sample.iops, "mb_per_s": sample.mb_per_s, "p50_us": sample.p50_us, "p99_us": sample.p99_us,
@@ -255,5 +296,12 @@ fn print_json(head: &str, loads: &[Load], candidates: &[Candidate], samples: &Sa
         entry["target"] = json!(candidate.name);
         rows.push(entry);
     }
-    println!("{:#}", json!({"what": head, "base": BASE, "rows": rows}));
+    let floors: Vec<_> = verdicts
+        .iter()
+        .map(|v| json!({"load": v.load, "target": HELD, "floor": v.floor, "ratio": v.ratio, "met": v.met()}))
+        .collect();
+    println!(
+        "{:#}",
+        json!({"what": head, "base": BASE, "rows": rows, "floors": floors})
+    );
 }

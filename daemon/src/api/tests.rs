@@ -34,7 +34,7 @@ impl Daemon {
 
     async fn start_in(dir: tempfile::TempDir) -> Self {
         let dirs = DataDir::take(dir.path()).unwrap();
-        let socket = dirs.api_socket().unwrap();
+        let socket = dirs.api_socket();
         let catalog = Catalog::open(&dirs.catalog()).unwrap();
         let keys = Arc::new(LocalKeystore::open_or_create(&dirs.keys()).unwrap());
         let operations = Operations::start(dirs, catalog, keys, 2, EngineChoice::Threads)

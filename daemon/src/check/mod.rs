@@ -8,19 +8,16 @@ mod cross;
 
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use libvol::catalog::{Catalog, StoreRecord};
 use libvol::disk::{DiskFile, EngineChoice, OpenMode, make_driver};
+use libvol::limits::STORE_LOCK_WAIT;
 use libvol::runtime::Runtime;
 use libvol::store::{self, CheckReport, CheckScope, Expect, Finding, Severity};
 use libvol::{Error, Kind, Result};
 
 use crate::data_dir::DataDir;
 use cross::{Known, cross_check};
-
-/// How long a killed daemon's last transfers on a store may take to end.
-const LOCK_WAIT: Duration = Duration::from_secs(10);
 
 /// One store after its own check.
 struct Checked {
@@ -85,13 +82,16 @@ pub(crate) fn run(dir: &Path, scope: CheckScope) -> Result<ExitCode> {
 }
 
 async fn look_at(record: &StoreRecord, expect: Expect, scope: CheckScope) -> Result<Checked> {
-    let file =
-        DiskFile::open(&record.path, OpenMode::ReadOnly, record.allow_buffered, LOCK_WAIT).map_err(|e| {
-            match e.kind() {
-                Kind::Busy => e.context("another process has it open"),
-                _ => e,
-            }
-        })?;
+    let file = DiskFile::open(
+        &record.path,
+        OpenMode::ReadOnly,
+        record.allow_buffered,
+        STORE_LOCK_WAIT,
+    )
+    .map_err(|e| match e.kind() {
+        Kind::Busy => e.context("another process has it open"),
+        _ => e,
+    })?;
     let report = store::check(&file, expect, scope).await?;
     Ok(Checked {
         record: record.clone(),

@@ -2,13 +2,19 @@
 //!
 //! Small messages are received many at a time into one buffer and parsed in place; a long payload is received
 //! straight into the buffer it is going to be sealed in. The buffer is fixed: a peer cannot make it grow. It holds
-//! plaintext, and [`Buf`] zeroes itself when it is freed. It deliberately knows no message.
+//! plaintext, and [`Buf`] zeroes itself when it is freed. A payload that has begun must go on: each of its receives has a
+//! deadline. It deliberately knows no message.
 
 use std::io;
 use std::ops::Range;
+use std::time::Duration;
 
 use libvol::buf::Buf;
-use libvol::runtime::net::Stream;
+use libvol::limits::NBD_PAYLOAD_SECONDS;
+use libvol::runtime::{net::Stream, timeout};
+
+/// Between two pieces of a payload.
+const PATIENCE: Duration = Duration::from_secs(NBD_PAYLOAD_SECONDS);
 
 /// See the module's text.
 pub(super) struct Inbox {
@@ -89,7 +95,7 @@ impl Inbox {
     /// Receives and drops `len` bytes. `false` means that the peer closed before.
     ///
     /// # Errors
-    /// As `recv(2)`.
+    /// As `recv(2)`; `TimedOut` when nothing comes for [`NBD_PAYLOAD_SECONDS`].
     pub(super) async fn skip(&mut self, mut len: usize) -> io::Result<bool> {
         loop {
             let here = self.filled.len().min(len);
@@ -98,7 +104,7 @@ impl Inbox {
             if len == 0 {
                 return Ok(true);
             }
-            if !self.receive(len).await? {
+            if !timeout(PATIENCE, self.receive(len)).await.ok_or_else(stopped)?? {
                 return Ok(false);
             }
         }
@@ -108,13 +114,15 @@ impl Inbox {
     /// `None` means that the peer closed before.
     ///
     /// # Errors
-    /// As `recv(2)`.
+    /// As `recv(2)`; `TimedOut` when nothing comes for [`NBD_PAYLOAD_SECONDS`]. The buffer is then the engine's, until it
+    /// has cancelled the receive.
     pub(super) async fn receive_into(&mut self, mut into: Buf, len: usize) -> io::Result<Option<Buf>> {
         let mut have = self.filled.len().min(len);
         into[..have].copy_from_slice(&self.bytes()[..have]);
         self.consume(have);
         while have < len {
-            let (received, buf) = self.stream.recv(into, have..len).await;
+            let receive = self.stream.recv(into, have..len);
+            let (received, buf) = timeout(PATIENCE, receive).await.ok_or_else(stopped)?;
             into = buf;
             match received? {
                 0 => return Ok(None),
@@ -123,4 +131,8 @@ impl Inbox {
         }
         Ok(Some(into))
     }
+}
+
+fn stopped() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "nothing more came")
 }

@@ -4,7 +4,7 @@
 //! nothing new starts, and when it returns nothing runs (I3); while a connection that has gone still has requests
 //! running, none of the others starts a request, so no write of a lost connection lands after a newer one that was
 //! acknowledged. Kept by [`Seat`]: every connection holds one from before its first byte until its last request
-//! has ended.
+//! has ended. They share one [`Budget`] of bytes in flight.
 
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
@@ -14,6 +14,8 @@ use slab::Slab;
 
 use libvol::limits::NBD_CONNECTIONS_PER_ATTACHMENT;
 use libvol::runtime::{net::Stream, sync::Notify, timeout};
+
+use super::window::Budget;
 
 /// Sockets of one attachment, those in the handshake included: as many again may be negotiating.
 const SOCKETS_MAX: usize = 2 * NBD_CONNECTIONS_PER_ATTACHMENT;
@@ -26,6 +28,7 @@ pub(crate) struct Sessions {
     /// Connections that have gone and still have requests running.
     leaving: Cell<usize>,
     changed: Notify,
+    budget: Rc<Budget>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +65,7 @@ impl Sessions {
             transmitting: Cell::new(0),
             leaving: Cell::new(0),
             changed: Notify::default(),
+            budget: Rc::default(),
         })
     }
 
@@ -152,6 +156,11 @@ impl Seat {
         true
     }
 
+    /// What all connections may have in flight together.
+    pub(super) fn budget(&self) -> Rc<Budget> {
+        self.sessions.budget.clone()
+    }
+
     /// Makes the connection known to its siblings.
     pub(super) fn introduce(&self, member: Weak<dyn Member>) {
         self.sessions.members.borrow_mut()[self.key].member = Some(member);
@@ -168,7 +177,7 @@ impl Seat {
         alone && self.sessions.phase.get() != Phase::Ended
     }
 
-    /// The client has gone and requests are still running.
+    /// The client has gone, and requests may still be running.
     pub(super) fn leave(&self) {
         if !self.leaves.replace(true) {
             self.sessions.leaving.set(self.sessions.leaving.get() + 1);

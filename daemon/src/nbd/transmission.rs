@@ -9,13 +9,15 @@
 //! while tasks run and leave in one message. Invariants: the stream stays in step after every refusal; a failed
 //! request never drops the connection; a request's place in the window is held until its reply has been sent;
 //! [`Window::device_cap`] requests at most are at the device, the others wait in order; once the connection is cut,
-//! nothing that waits starts, and what runs, runs to its end.
+//! nothing that waits starts, and what runs, runs to its end. A hang-up is noticed when it happens, also while the window
+//! is full and nothing is received: from then on no sibling starts a request before this connection's have ended.
 //!
 //! A flush needs no special order: it covers writes that were replied to before it came, and those are complete.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::poll_fn;
+use std::io;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 use std::time::Duration;
@@ -61,7 +63,7 @@ pub(super) async fn run<D: Device>(mut inbox: Inbox, negotiated: Negotiated<D>, 
         read_only: export.read_only,
         structured,
         allocation_context,
-        window: Window::new(DepthPolicy::of_process()),
+        window: Window::new(DepthPolicy::of_process(), seat.budget()),
         outbox: Outbox::default(),
         waiting: RefCell::default(),
         running: Cell::new(0),
@@ -78,6 +80,7 @@ pub(super) async fn run<D: Device>(mut inbox: Inbox, negotiated: Negotiated<D>, 
     drop(member);
 
     inbox.resize(INBOX_BYTES);
+    let _watcher = spawn(watch_for_hang_up(connection.clone()));
     let sender = spawn(send_replies(connection.clone()));
     let end = connection.receive_requests(&mut inbox).await;
     drop(inbox);
@@ -102,6 +105,16 @@ enum End {
     Lost,
     /// Its bytes cannot be followed.
     Violation(&'static str),
+}
+
+impl End {
+    /// Of an error in the middle of a payload.
+    fn of_payload(e: &io::Error) -> Self {
+        match e.kind() {
+            io::ErrorKind::TimedOut => End::Violation("a payload that stopped coming"),
+            _ => End::Lost,
+        }
+    }
 }
 
 struct Connection<D> {
@@ -182,8 +195,10 @@ impl<D: Device> Connection<D> {
         self.window.enter(cost_bytes);
         match header.check(&self.rules()) {
             Err(refusal) => {
-                if !inbox.skip(payload_len).await.unwrap_or(false) {
-                    return Err(End::Lost);
+                match inbox.skip(payload_len).await {
+                    Ok(true) => {}
+                    Ok(false) => return Err(End::Lost),
+                    Err(e) => return Err(End::of_payload(&e)),
                 }
                 self.reply_error(cookie, refusal.error, &refusal.text, cost_bytes);
             }
@@ -196,7 +211,8 @@ impl<D: Device> Connection<D> {
                     let buf = self.device.pool().get(payload_len.next_multiple_of(BLOCK_SIZE));
                     match inbox.receive_into(buf, payload_len).await {
                         Ok(Some(buf)) => Some(PlainBuf(buf)),
-                        Ok(None) | Err(_) => return Err(End::Lost),
+                        Ok(None) => return Err(End::Lost),
+                        Err(e) => return Err(End::of_payload(&e)),
                     }
                 };
                 self.admit(Job {
@@ -251,6 +267,20 @@ impl<D: Device> Connection<D> {
             self.running.set(self.running.get() + 1);
             spawn(serve_request(self.clone(), job)).detach();
         }
+    }
+
+    /// It was about to start, and a sibling has gone meanwhile.
+    fn put_back(&self, job: Job) {
+        self.waiting.borrow_mut().push_front(job);
+        self.running.set(self.running.get() - 1);
+    }
+
+    /// The client has hung up. What it has sent may be older than what it sends over another connection next.
+    fn hung_up(&self) {
+        if self.receiving.get() {
+            self.seat.leave();
+        }
+        self.window.close();
     }
 
     /// A request has left the device.
@@ -468,11 +498,20 @@ impl<D: Device> Member for Connection<D> {
 }
 
 async fn serve_request<D: Device>(connection: Rc<Connection<D>>, job: Job) {
-    // Cut between spawn and now: it has not started.
+    // Between spawn and now: cut, so it does not start, or a sibling has gone, so it waits.
     if !connection.cut.get() {
+        if !connection.seat.may_start() {
+            return connection.put_back(job);
+        }
         connection.perform(job).await;
     }
     connection.finished();
+}
+
+/// Waits for the hang-up beside the reader, which may be waiting for room, or have much to receive before the end.
+async fn watch_for_hang_up<D: Device>(connection: Rc<Connection<D>>) {
+    connection.stream.hung_up().await;
+    connection.hung_up();
 }
 
 /// The sender.

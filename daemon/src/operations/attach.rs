@@ -17,9 +17,8 @@ use libvol::limits::ATTACHMENTS_PER_VM;
 use libvol::tenant::{self, AttachFacts, AttachVerdict, AttachmentFacts};
 use libvol::{Error, Kind, Result};
 
-use super::volume::holder;
+use super::volume::{check_ready, holder};
 use super::{Operations, vm_named, volume_named};
-use crate::data_dir::make_dir;
 use crate::process::{own_uid, path_error};
 use crate::shard::DoorSpec;
 
@@ -38,9 +37,8 @@ impl Operations {
                 "vhost-user is not in this build of vold; attach with --via nbd",
             ));
         }
-        let id = self.look(|view| volume_named(view, path))?.id;
-        let _lock = self.volume_locks.lock(id).await;
-        let volume = self.ready_volume(path)?;
+        let (_lock, volume) = self.lock_volume(path).await?;
+        check_ready(&volume)?;
         let (vm, held) = self.look(|view| Ok((vm_named(view, &request.vm)?, holder(view, volume.id)?)))?;
         let attachments = self.look(|view| view.all::<AttachmentRecord>())?;
         let facts = AttachFacts {
@@ -93,7 +91,7 @@ impl Operations {
         request: &control::Attach,
     ) -> Result<control::Attachment> {
         let id = AttachmentId::random();
-        warn_if_unreachable(&self.dirs.attachment_socket(self.installation(), id)?, &vm);
+        warn_if_unreachable(&self.dirs.attachment_socket(id), &vm);
         self.open_volume(&volume).await?;
         let recorded = self.change(|tx| {
             let mut volume = volume_named(tx, &volume.path)?;
@@ -146,7 +144,7 @@ impl Operations {
             return Ok(());
         }
         self.open_volume(volume).await?;
-        let socket = self.socket(attachment)?;
+        let socket = self.socket(attachment);
         let spec = DoorSpec {
             facts: AttachmentFacts {
                 volume: volume.id,
@@ -160,10 +158,15 @@ impl Operations {
             read_only: attachment.read_only,
             listener: bind(&socket, vm.uid)?,
         };
-        self.shards
+        let opened = self
+            .shards
             .of_volume(volume.id)
             .call(move |registry| async move { registry.open_door(spec) })
-            .await
+            .await;
+        if opened.is_err() {
+            remove_socket(&socket);
+        }
+        opened
     }
 
     /// Removes the attachment and raises the volume's attachment epoch, durably. Returns the new epoch.
@@ -183,13 +186,9 @@ impl Operations {
     /// `NotFound` (volume, VM, or the volume is not attached to that VM), `Io`.
     pub(crate) async fn detach(&self, request: control::Detach) -> Result<()> {
         let path = &request.volume;
-        let id = self.look(|view| volume_named(view, path))?.id;
-        let _lock = self.volume_locks.lock(id).await;
-        let (volume, vm, held) = self.look(|view| {
-            let volume = volume_named(view, path)?;
-            let held = holder(view, volume.id)?;
-            Ok((volume, vm_named(view, &request.vm)?, held))
-        })?;
+        let (_lock, volume) = self.lock_volume(path).await?;
+        let id = volume.id;
+        let (vm, held) = self.look(|view| Ok((vm_named(view, &request.vm)?, holder(view, id)?)))?;
         let attachment = match held {
             Some((attachment, holder)) if holder.id == vm.id => attachment,
             _ => {
@@ -200,7 +199,7 @@ impl Operations {
             }
         };
         let epoch = self.unrecord(&volume, &attachment)?;
-        remove_socket(&self.socket(&attachment)?);
+        remove_socket(&self.socket(&attachment));
         self.shards
             .of_volume(id)
             .call(move |registry| async move {
@@ -245,7 +244,7 @@ impl Operations {
         vm: VmRecord,
     ) -> Result<control::Attachment> {
         let connections = self.report(attachment.volume).await?.map_or(0, |r| r.connections);
-        let socket = self.socket(&attachment)?;
+        let socket = self.socket(&attachment);
         let socket = socket.to_str().ok_or_else(|| {
             Error::unsupported(format!(
                 "{}: the socket's path is not UTF-8; use another --data-dir",
@@ -267,8 +266,8 @@ impl Operations {
     }
 
     /// Where an attachment's socket is.
-    pub(super) fn socket(&self, attachment: &AttachmentRecord) -> Result<PathBuf> {
-        self.dirs.attachment_socket(self.installation(), attachment.id)
+    pub(super) fn socket(&self, attachment: &AttachmentRecord) -> PathBuf {
+        self.dirs.attachment_socket(attachment.id)
     }
 
     /// Whose customer a VM is of, for messages at start.
@@ -285,16 +284,13 @@ impl Operations {
 /// A listening socket at `path`, 0600, owned by `uid`. One that an earlier run left is replaced: the data directory's
 /// lock says that nobody listens there.
 fn bind(path: &Path, uid: u32) -> Result<UnixListener> {
-    if let Some(dir) = path.parent() {
-        make_dir(dir, 0o711)?;
-    }
     remove_socket(path);
     let listener = UnixListener::bind(path).map_err(|e| path_error(path, "the socket cannot be made", e))?;
     let given = std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).and_then(|()| {
         if uid == own_uid() {
             return Ok(());
         }
-        std::os::unix::fs::chown(path, Some(uid), None)
+        std::os::unix::fs::lchown(path, Some(uid), None)
     });
     if let Err(e) = given {
         remove_socket(path);
@@ -408,12 +404,21 @@ mod tests {
     #[test]
     fn a_bound_socket_is_private_and_replaces_a_stale_one() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("run/a.sock");
+        let path = dir.path().join("a.sock");
         drop(bind(&path, own_uid()).unwrap());
         assert!(path.exists(), "a stale socket");
         let _listener = bind(&path, own_uid()).unwrap();
         let mode = std::fs::metadata(&path).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode, 0o600);
         std::os::unix::net::UnixStream::connect(&path).unwrap();
+        // Where others may put things, none is made.
+        let open = dir.path().join("open");
+        std::fs::create_dir(&open).unwrap();
+        std::fs::set_permissions(&open, std::fs::Permissions::from_mode(0o777)).unwrap();
+        assert_eq!(
+            bind(&open.join("a.sock"), own_uid()).unwrap_err().kind(),
+            Kind::Refused
+        );
+        assert!(!open.join("a.sock").exists());
     }
 }

@@ -13,12 +13,12 @@ use libvol::catalog::{DestroyRecord, DestroyedStore, Phase, StoreRecord, Tombsto
 use libvol::control::{self, DestroyState, DestroyStep};
 use libvol::destroy::{self, Ledger, Outcome, Part, Reached};
 use libvol::ids::{Name, StoreId, VolumeId, VolumePath};
-use libvol::limits::{BLOCK, SECTOR_SIZE};
+use libvol::store::scrubbed_bytes;
 use libvol::{Error, Result, tenant};
 use tokio::runtime::Handle;
 
 use super::volume::holder;
-use super::{Operations, Seat, volume_named};
+use super::{Operations, Seat, locked_volume, volume_named};
 use crate::process::unix_seconds;
 
 impl Operations {
@@ -31,16 +31,16 @@ impl Operations {
         path: &VolumePath,
         now: bool,
     ) -> Result<control::Destroy> {
-        let volume = self.look(|view| volume_named(view, path))?;
         if !now {
+            self.look(|view| volume_named(view, path))?;
             return Err(Error::unsupported(format!(
                 "volume {path}: this build has no recycle bin to delete it to; use --now to destroy it at once, for good"
             )));
         }
+        let (_lock, volume) = self.lock_volume(path).await?;
         let id = volume.id;
-        let _lock = self.volume_locks.lock(id).await;
         let started = self.change(|tx| {
-            let mut volume = volume_named(tx, path)?;
+            let mut volume = locked_volume(tx, path, id)?;
             if volume.phase == Phase::Destroying {
                 return Ok(false);
             }
@@ -200,7 +200,7 @@ impl Operations {
                 Some(Reached::Gone { extents }) => (DestroyStep::Scrubbing, extents, extents),
             }
         };
-        let bytes = |extents: u32| u64::from(extents) * (extent_bytes + sum_area_bytes(extent_bytes));
+        let bytes = |extents: u32| scrubbed_bytes(extents, extent_bytes);
         Ok(control::DestroyStore {
             store: self.store_name(part.store),
             state,
@@ -249,11 +249,6 @@ impl Operations {
             |record| record.name,
         )
     }
-}
-
-/// Bytes of an extent's checksum area: a header sector and four bytes a block, in whole blocks (FORMAT.md).
-fn sum_area_bytes(extent_bytes: u64) -> u64 {
-    (SECTOR_SIZE as u64 + 4 * (extent_bytes / BLOCK)).next_multiple_of(BLOCK)
 }
 
 /// The catalog as the job's ledger. The job runs on a shard, which must not wait for the catalog's disk: commits go to
@@ -312,17 +307,5 @@ impl Ledger for CatalogLedger {
             })
         })
         .await
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_checksum_area_is_a_sector_and_four_bytes_a_block_in_whole_blocks() {
-        assert_eq!(sum_area_bytes(1 << 20), 4096);
-        assert_eq!(sum_area_bytes(4 << 20), 8192);
-        assert_eq!(sum_area_bytes(64 << 20), 69632);
     }
 }

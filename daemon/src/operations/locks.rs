@@ -26,6 +26,13 @@ impl<K: Eq + Hash> Locks<K> {
         };
         lock.lock_owned().await
     }
+
+    /// Who holds or waits for the key's lock.
+    #[cfg(test)]
+    pub(super) fn holders(&self, key: &K) -> usize {
+        let locks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        locks.get(key).map_or(0, |lock| Arc::strong_count(lock) - 1)
+    }
 }
 
 #[cfg(test)]

@@ -27,6 +27,7 @@ use libvol::ids::{Name, StoreId, VolumeId, VolumePath};
 use libvol::keys::KeyService;
 use libvol::store::StoreHandle;
 use libvol::{Error, Result};
+use tokio::sync::OwnedMutexGuard;
 use tokio::task::JoinSet;
 
 use crate::data_dir::DataDir;
@@ -54,6 +55,8 @@ pub(crate) struct Operations {
     volume_locks: Locks<VolumeId>,
     /// Held over adding and removing stores.
     stores_lock: tokio::sync::Mutex<()>,
+    /// A store has latched as faulty: wakes whoever writes that down.
+    faults: Arc<tokio::sync::Notify>,
     /// Destructions and recoveries under way.
     background: Mutex<JoinSet<()>>,
     started: Instant,
@@ -70,6 +73,18 @@ impl Operations {
         tokio::task::block_in_place(|| self.catalog.write(change))
     }
 
+    /// Locks a volume, and looks it up only then: what it returns stays as it is while the lock is held, but for a
+    /// destruction under way, which ends when it ends.
+    ///
+    /// # Errors
+    /// `NotFound`; `Busy` when another volume has the name by then.
+    async fn lock_volume(&self, path: &VolumePath) -> Result<(OwnedMutexGuard<()>, VolumeRecord)> {
+        let id = self.look(|view| volume_named(view, path))?.id;
+        let lock = self.volume_locks.lock(id).await;
+        let record = self.look(|view| locked_volume(view, path, id))?;
+        Ok((lock, record))
+    }
+
     fn seat(&self, store: StoreId) -> Seat {
         let stores = self.stores.read().unwrap_or_else(PoisonError::into_inner);
         stores
@@ -84,8 +99,17 @@ impl Operations {
     }
 
     fn set_seat(&self, store: StoreId, seat: Seat) {
+        let opened = match &seat {
+            Seat::Open(handle) => Some(handle.clone()),
+            Seat::Closed(_) => None,
+        };
         let mut stores = self.stores.write().unwrap_or_else(PoisonError::into_inner);
         stores.insert(store, seat);
+        drop(stores);
+        if let Some(handle) = opened {
+            let faults = self.faults.clone();
+            handle.on_fault(move || faults.notify_one());
+        }
     }
 
     fn drop_seat(&self, store: StoreId) {
@@ -201,4 +225,107 @@ fn volume_named(view: &View<'_>, path: &VolumePath) -> Result<VolumeRecord> {
             "there is no volume {path}; `volctl volume list` shows them"
         ))
     })
+}
+
+/// The volume of that name, if it is still the one whose lock is held.
+fn locked_volume(view: &View<'_>, path: &VolumePath, locked: VolumeId) -> Result<VolumeRecord> {
+    let record = volume_named(view, path)?;
+    if record.id != locked {
+        return Err(Error::busy(format!(
+            "volume {path} changed meanwhile: it was destroyed, and another one has its name; try again"
+        )));
+    }
+    Ok(record)
+}
+
+#[cfg(test)]
+mod tests {
+    use libvol::Kind;
+    use libvol::catalog::Phase;
+    use libvol::control::{self, Protocol};
+    use libvol::disk::EngineChoice;
+    use libvol::ids::{DatasetId, Epoch};
+    use libvol::keys::LocalKeystore;
+
+    use super::*;
+
+    fn record(path: &VolumePath, customer: &CustomerRecord) -> VolumeRecord {
+        VolumeRecord {
+            id: VolumeId::random(),
+            path: path.clone(),
+            customer: customer.id,
+            dataset: DatasetId::random(),
+            size_bytes: 4096,
+            replicas: Vec::new(),
+            membership_epoch: Epoch(1),
+            attachment_epoch: Epoch(0),
+            phase: Phase::Ready,
+            created_unix_seconds: 0,
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn who_waits_for_a_volume_whose_name_passes_to_another_does_nothing_to_that_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let dirs = DataDir::take(dir.path()).unwrap();
+        let catalog = Catalog::open(&dirs.catalog()).unwrap();
+        let keys = Arc::new(LocalKeystore::open_or_create(&dirs.keys()).unwrap());
+        let operations = Operations::start(dirs, catalog, keys, 1, EngineChoice::Threads)
+            .await
+            .unwrap();
+        let name: Name = "acme".parse().unwrap();
+        operations
+            .customer_create(control::CustomerCreate { name: name.clone() })
+            .await
+            .unwrap();
+        let customer = operations.look(|view| customer_named(view, &name)).unwrap();
+        let path: VolumePath = "acme/web".parse().unwrap();
+        let vm: Name = "vm1".parse().unwrap();
+        for what in ["attach", "detach", "resize", "delete"] {
+            let (old, new) = (record(&path, &customer), record(&path, &customer));
+            operations.change(|tx| tx.insert(&old)).unwrap();
+            let lock = operations.volume_locks.lock(old.id).await;
+            let waiting = tokio::spawn({
+                let (operations, path, vm) = (operations.clone(), path.clone(), vm.clone());
+                async move {
+                    match what {
+                        "attach" => {
+                            let request = control::Attach {
+                                volume: path,
+                                vm,
+                                via: Protocol::Nbd,
+                                read_only: false,
+                            };
+                            operations.attach(request).await.map(drop)
+                        }
+                        "detach" => operations.detach(control::Detach { volume: path, vm }).await,
+                        "resize" => {
+                            let request = control::VolumeResize { size_bytes: 4096 };
+                            operations.volume_resize(&path, request).await.map(drop)
+                        }
+                        _ => operations.volume_delete(&path, true).await.map(drop),
+                    }
+                }
+            });
+            while operations.volume_locks.holders(&old.id) < 2 {
+                tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+            }
+            let renamed = operations.change(|tx| {
+                tx.remove::<VolumeRecord>(old.id)?;
+                tx.insert(&new)
+            });
+            renamed.unwrap();
+            drop(lock);
+            let refusal = waiting.await.unwrap().expect_err(what);
+            assert_eq!(refusal.kind(), Kind::Busy, "{what}: {refusal}");
+            assert!(
+                refusal.message().contains("changed meanwhile"),
+                "{what}: {refusal}"
+            );
+            let untouched = operations.look(|view| volume_named(view, &path)).unwrap();
+            assert_eq!(untouched, new, "{what}");
+            operations.change(|tx| tx.remove::<VolumeRecord>(new.id)).unwrap();
+        }
+        operations.stop().await;
+    }
 }

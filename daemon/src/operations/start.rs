@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use libvol::catalog::{AttachmentRecord, Catalog, DestroyRecord, Phase, StoreRecord, VolumeRecord};
 use libvol::disk::EngineChoice;
 use libvol::keys::KeyService;
+use libvol::limits::STORE_LOCK_WAIT;
 use libvol::{Error, Result};
 use tokio::task::JoinSet;
 
@@ -25,10 +26,7 @@ use super::{Operations, Seat};
 use crate::data_dir::DataDir;
 use crate::shard::Shards;
 
-/// How long an earlier daemon's transfers on a store may take to end. A killed process's ring is torn down by the kernel
-/// after its last transfer; a disk that takes longer than this is hung, and its store stays out.
-const LOCK_WAIT: Duration = Duration::from_secs(10);
-/// How often open stores are asked for faults.
+/// How often open stores are asked for faults. They tell by themselves; this is for a record that could not be made.
 const FAULT_POLL: Duration = Duration::from_millis(250);
 /// How often a background recovery is asked whether it has ended.
 const RECOVERY_POLL: Duration = Duration::from_millis(200);
@@ -54,6 +52,7 @@ impl Operations {
             failures: Mutex::new(HashMap::new()),
             volume_locks: Locks::default(),
             stores_lock: tokio::sync::Mutex::default(),
+            faults: Arc::default(),
             background: Mutex::new(JoinSet::new()),
             started: Instant::now(),
         });
@@ -69,7 +68,7 @@ impl Operations {
         for record in self.look(|view| view.all::<StoreRecord>())? {
             let operations = self.clone();
             opening.spawn(async move {
-                let opened = operations.open_recorded(&record, LOCK_WAIT).await;
+                let opened = operations.open_recorded(&record, STORE_LOCK_WAIT).await;
                 (record, opened)
             });
         }
@@ -93,7 +92,7 @@ impl Operations {
     /// Every volume to where the catalog says it should be.
     async fn take_up_volumes(self: &Arc<Self>) -> Result<()> {
         let attachments = self.look(|view| view.all::<AttachmentRecord>())?;
-        let kept: Vec<PathBuf> = attachments.iter().filter_map(|a| self.socket(a).ok()).collect();
+        let kept: Vec<PathBuf> = attachments.iter().map(|a| self.socket(a)).collect();
         for path in self
             .dirs
             .sockets()
@@ -207,6 +206,11 @@ impl Operations {
         Ok(())
     }
 
+    /// Writes faults down as soon as stores latch.
+    ///
+    /// The latch itself holds from the instant of the failure, in this process. It survives the process only once the catalog
+    /// has it, a commit later: a crash in those milliseconds forgets it, and the next start opens the store like after any
+    /// crash. Nothing was acknowledged on the failed sync, and recovery reads what the device has, past every cache.
     fn watch_faults(self: &Arc<Self>) {
         let operations = self.clone();
         self.in_background(async move {
@@ -214,7 +218,7 @@ impl Operations {
                 if let Err(e) = operations.record_faults() {
                     tracing::error!("a store's fault cannot be recorded: {e}");
                 }
-                tokio::time::sleep(FAULT_POLL).await;
+                let _ = tokio::time::timeout(FAULT_POLL, operations.faults.notified()).await;
             }
         });
     }
@@ -245,9 +249,7 @@ impl Operations {
         }
         if let Ok(attachments) = self.look(|view| view.all::<AttachmentRecord>()) {
             for attachment in attachments {
-                if let Ok(socket) = self.socket(&attachment) {
-                    remove_socket(&socket);
-                }
+                remove_socket(&self.socket(&attachment));
             }
         }
     }

@@ -7,21 +7,19 @@
 //! Remove: record gone (only when no volume and no unfinished destruction is on it) → closed. The file stays: it is the
 //! operator's.
 
-use std::fs::{File, Metadata};
+use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use libvol::catalog::{DestroyRecord, StoreFault, StoreRecord, VolumeRecord};
 use libvol::control;
 use libvol::disk::{Disk, DiskFile, MediumClass, OpenMode};
-use libvol::ids::{InstallationId, Name, StoreId};
-use libvol::limits::{
-    EXTENT_BYTES_DEFAULT, EXTENT_BYTES_MAX, EXTENT_BYTES_MIN, STORE_BYTES_MAX, STORE_BYTES_MIN, STORES_MAX,
-};
+use libvol::ids::{Name, StoreId};
+use libvol::limits::{EXTENT_BYTES_DEFAULT, STORES_MAX};
 use libvol::store::{self, Expect, FormatOptions, StoreHandle};
-use libvol::{Error, Kind, Result};
+use libvol::{Error, Result};
 
 use super::signature::{PROBE_BYTES, recognise};
 use super::{Operations, Seat, store_named};
@@ -328,11 +326,6 @@ impl Operations {
         }
         Ok(())
     }
-
-    /// This installation.
-    pub(crate) fn installation(&self) -> InstallationId {
-        self.catalog.installation()
-    }
 }
 
 fn check_request(request: &control::StoreAdd, path: &Path, extent_bytes: u64) -> Result<()> {
@@ -348,31 +341,13 @@ fn check_request(request: &control::StoreAdd, path: &Path, extent_bytes: u64) ->
             "store {name:?}: the path must not contain \"..\""
         )));
     }
-    if !extent_bytes.is_power_of_two() || !(EXTENT_BYTES_MIN..=EXTENT_BYTES_MAX).contains(&extent_bytes) {
-        return Err(Error::invalid(format!(
-            "store {name:?}: extents of {extent_bytes} bytes; use a power of two from {} to {} MiB",
-            EXTENT_BYTES_MIN >> 20,
-            EXTENT_BYTES_MAX >> 20
-        )));
-    }
+    store::check_sizes(&request.name, request.size_bytes, extent_bytes)?;
     match request.size_bytes {
-        Some(size) if size < STORE_BYTES_MIN => Err(too_small(name, size)),
-        Some(size) if size > STORE_BYTES_MAX => Err(Error::invalid(format!(
-            "store {name:?}: {size} bytes; a store has at most {} TiB",
-            STORE_BYTES_MAX >> 40
-        ))),
         Some(size) if size % SIZE_MULTIPLE != 0 => Err(Error::invalid(format!(
             "store {name:?}: {size} bytes is not a multiple of {SIZE_MULTIPLE}"
         ))),
         _ => Ok(()),
     }
-}
-
-fn too_small(name: &str, size: u64) -> Error {
-    Error::invalid(format!(
-        "store {name:?}: {size} bytes; a store has at least {} MiB",
-        STORE_BYTES_MIN >> 20
-    ))
 }
 
 /// The file (made here: `true`) or block device of a new store, open and locked.
@@ -394,21 +369,15 @@ fn medium(request: &control::StoreAdd, path: &Path) -> Result<(DiskFile, bool)> 
             DiskFile::create(path, size, request.allow_buffered).map(|file| (file, true))
         }
         Some(existing) if existing.file_type().is_block_device() => {
+            // Claimed first: what somebody uses is theirs, and no advice to clear it may be given.
+            let file = DiskFile::open(path, OpenMode::ReadWrite, request.allow_buffered, Duration::ZERO)?;
             if let Some(what) = probe(path)? {
                 return Err(Error::exists(format!(
                     "{}: the device holds {what}; if nobody needs it, clear it (wipefs --all, or zeros over its first MiB) and try again",
                     path.display()
                 )));
             }
-            if is_read_only(&existing) {
-                return Err(Error::read_only(format!(
-                    "{}: the device is read-only; make it writable (blockdev --setrw), or use another",
-                    path.display()
-                )));
-            }
-            let file = DiskFile::open(path, OpenMode::ReadWrite, request.allow_buffered, Duration::ZERO)?;
             match request.size_bytes {
-                _ if file.size_bytes() < STORE_BYTES_MIN => Err(too_small(name, file.size_bytes())),
                 Some(size) if size > file.size_bytes() => Err(Error::invalid(format!(
                     "store {name:?}: {size} bytes asked for, and {} has {}",
                     path.display(),
@@ -417,6 +386,10 @@ fn medium(request: &control::StoreAdd, path: &Path) -> Result<(DiskFile, bool)> 
                 _ => Ok((file, false)),
             }
         }
+        Some(existing) if existing.is_dir() => Err(Error::invalid(format!(
+            "{0}: is a directory; give the path of the file to make in it, such as {0}/{name}.store",
+            path.display().to_string().trim_end_matches('/')
+        ))),
         Some(_) => Err(Error::exists(format!(
             "{}: exists already; a store makes its own file, so choose another path or move that one away",
             path.display()
@@ -424,25 +397,11 @@ fn medium(request: &control::StoreAdd, path: &Path) -> Result<(DiskFile, bool)> 
     }
 }
 
-/// Whether the kernel lets nobody write to a block device; opening it for writing need not fail.
-fn is_read_only(device: &Metadata) -> bool {
-    let number = device.rdev();
-    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
-    std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/ro")).is_ok_and(|text| text.trim() == "1")
-}
-
 /// What a block device holds, by its first bytes.
 fn probe(path: &Path) -> Result<Option<&'static str>> {
     let mut start = Vec::with_capacity(PROBE_BYTES);
     File::open(path)
         .and_then(|file| file.take(PROBE_BYTES as u64).read_to_end(&mut start))
-        .map_err(|e| match e.kind() {
-            std::io::ErrorKind::PermissionDenied => Error::with_source(
-                Kind::Refused,
-                format!("{}: may not be read; check its owner and mode", path.display()),
-                e,
-            ),
-            _ => path_error(path, "cannot be read", e),
-        })?;
+        .map_err(|e| path_error(path, "cannot be read", e))?;
     Ok(recognise(&start))
 }

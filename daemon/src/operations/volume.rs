@@ -209,9 +209,8 @@ impl Operations {
     ) -> Result<control::Volume> {
         let size = request.size_bytes;
         check_size(path, size)?;
-        let id = self.look(|view| volume_named(view, path))?.id;
-        let _lock = self.volume_locks.lock(id).await;
-        let record = self.ready_volume(path)?;
+        let (_lock, record) = self.lock_volume(path).await?;
+        check_ready(&record)?;
         if size < record.size_bytes {
             return Err(Error::invalid(format!(
                 "volume {path} has {} bytes and cannot shrink to {size}; create a smaller one and copy",
@@ -252,21 +251,6 @@ impl Operations {
                 Ok(())
             })
             .await
-    }
-
-    /// The volume, if it is neither being made nor being destroyed.
-    pub(super) fn ready_volume(&self, path: &VolumePath) -> Result<VolumeRecord> {
-        let record = self.look(|view| volume_named(view, path))?;
-        match record.phase {
-            Phase::Ready => Ok(record),
-            Phase::Creating => Err(Error::busy(format!(
-                "volume {path} is being created; if that was interrupted, it is rolled back when vold starts with its stores"
-            ))),
-            Phase::Destroying => Err(Error::busy(format!(
-                "volume {path} is being destroyed; follow it with: volctl destroy wait {}",
-                record.id
-            ))),
-        }
     }
 
     /// Opens a volume on its shard, unless it is open. Its lock is held.
@@ -451,7 +435,7 @@ impl Operations {
                 sizes.push(facts.size_bytes);
             }
         }
-        let largest = sizes.iter().copied().max().unwrap_or(0).max(record.size_bytes);
+        let largest = settled_size(&record.path, record.size_bytes, &sizes)?;
         let mut settled = record.clone();
         if sizes.iter().any(|size| *size != largest) || record.size_bytes != largest {
             tracing::info!(volume = %record.path, size_bytes = largest, "an interrupted resize is finished");
@@ -464,6 +448,21 @@ impl Operations {
     /// Whether a store is open and well.
     pub(super) fn is_open(&self, store: libvol::ids::StoreId) -> bool {
         matches!(self.seat(store), Seat::Open(handle) if handle.fault().is_none())
+    }
+}
+
+/// Whether a volume is neither being made nor being destroyed.
+pub(super) fn check_ready(record: &VolumeRecord) -> Result<()> {
+    let path = &record.path;
+    match record.phase {
+        Phase::Ready => Ok(()),
+        Phase::Creating => Err(Error::busy(format!(
+            "volume {path} is being created; if that was interrupted, it is rolled back when vold starts with its stores"
+        ))),
+        Phase::Destroying => Err(Error::busy(format!(
+            "volume {path} is being destroyed; follow it with: volctl destroy wait {}",
+            record.id
+        ))),
     }
 }
 
@@ -491,6 +490,16 @@ fn store_record(record: &VolumeRecord, size_bytes: u64) -> store::VolumeRecord {
     }
 }
 
+/// The largest of the sizes that catalog and stores have, if a volume can have it.
+fn settled_size(path: &VolumePath, recorded: u64, on_stores: &[u64]) -> Result<u64> {
+    let largest = on_stores.iter().copied().fold(recorded, u64::max);
+    check_size(path, largest).map(|()| largest).map_err(|e| {
+        Error::damaged(format!(
+            "{e}; that is what a store or the catalog holds: run `vold check`"
+        ))
+    })
+}
+
 fn check_size(path: &VolumePath, size: u64) -> Result<()> {
     let what = if !size.is_multiple_of(BLOCK) {
         format!("is not a multiple of {BLOCK}")
@@ -512,6 +521,18 @@ fn check_size(path: &VolumePath, size: u64) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_resize_is_finished_with_the_largest_size_and_never_with_an_impossible_one() {
+        let path = "acme/web".parse().unwrap();
+        assert_eq!(settled_size(&path, 8192, &[8192, 16384]).unwrap(), 16384);
+        assert_eq!(settled_size(&path, 8192, &[]).unwrap(), 8192);
+        for impossible in [8193, VOLUME_BYTES_MAX + BLOCK, u64::MAX] {
+            let error = settled_size(&path, 8192, &[impossible, 8192]).unwrap_err();
+            assert_eq!(error.kind(), Kind::Damaged);
+            assert!(error.message().contains("acme/web"), "{error}");
+        }
+    }
 
     #[test]
     fn a_size_is_a_positive_multiple_of_a_block_up_to_the_cap() {

@@ -1,7 +1,8 @@
 //! The door of an attachment: its socket, who is let in, and the sessions of those who were.
 //!
 //! Every connection is judged anew by its peer's credentials and the volume's attachment epoch (I2), and so is every
-//! export it asks for. Who is turned away learns nothing; the log has the reason.
+//! export it asks for. Who is turned away learns nothing; the log has the reason, as far as that is not a client's way to
+//! fill it: what a client can cause at will is logged the 1st, 2nd, 4th, 8th … time, and what it says is clipped.
 
 use std::cell::Cell;
 use std::os::unix::net::UnixListener;
@@ -9,6 +10,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use libvol::ids::Epoch;
+use libvol::limits::NBD_CONNECTIONS_PER_ATTACHMENT;
 use libvol::runtime::net::{Listener, Stream};
 use libvol::runtime::{sleep, spawn};
 use libvol::tenant::{self, AttachmentFacts};
@@ -19,6 +21,12 @@ use crate::nbd::{self, Export, Exports, Sessions};
 
 /// How long sessions that end gently may take to answer what they have begun.
 const GENTLE: Duration = Duration::from_secs(2);
+
+/// Connections of one door that are logged for everybody to see; later ones are for debugging. As many as QEMU makes with
+/// the most connections an attachment may have.
+const CONNECTS_LOGGED: u64 = NBD_CONNECTIONS_PER_ATTACHMENT as u64;
+/// Characters of a client's text that are logged.
+const CLIENT_TEXT_CHARS: usize = 64;
 
 /// How sessions end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +64,9 @@ pub(crate) struct Door {
     volume: Rc<Volume>,
     listener: Listener,
     sessions: Rc<Sessions>,
+    connected: Cell<u64>,
+    turned_away: Seldom,
+    not_shown: Seldom,
 }
 
 impl Door {
@@ -76,6 +87,9 @@ impl Door {
             volume,
             listener,
             sessions: Sessions::new(),
+            connected: Cell::default(),
+            turned_away: Seldom::default(),
+            not_shown: Seldom::default(),
         });
         spawn(door.clone().accept()).detach();
         Ok(door)
@@ -116,16 +130,26 @@ impl Door {
         let peer = match rustix::net::sockopt::socket_peercred(stream.socket()) {
             Ok(peer) => peer,
             Err(e) => {
-                tracing::warn!(volume = %self.export, vm = %self.vm, "a peer without credentials is turned away: {e}");
+                self.turned_away.say(|times| {
+                    tracing::warn!(volume = %self.export, vm = %self.vm, times, "a peer without credentials is turned away: {e}");
+                });
                 return;
             }
         };
         let (uid, pid) = (peer.uid.as_raw(), peer.pid.as_raw_nonzero());
         if let Err(why) = tenant::may_connect(&self.facts, uid, self.current.get()) {
-            tracing::warn!(volume = %self.export, vm = %self.vm, uid, pid, "a connection is turned away: {why}");
+            self.turned_away.say(|times| {
+                tracing::warn!(volume = %self.export, vm = %self.vm, uid, pid, times, "a connection is turned away: {why}");
+            });
             return;
         }
-        tracing::info!(volume = %self.export, vm = %self.vm, uid, pid, "connected");
+        self.connected.set(self.connected.get() + 1);
+        match self.connected.get() {
+            times @ ..=CONNECTS_LOGGED => {
+                tracing::info!(volume = %self.export, vm = %self.vm, uid, pid, times, "connected");
+            }
+            times => tracing::debug!(volume = %self.export, vm = %self.vm, uid, pid, times, "connected"),
+        }
         let exports = Rc::new(Shown {
             door: self.clone(),
             peer_uid: uid,
@@ -152,7 +176,10 @@ impl Exports for Shown {
         if door.closed.get()
             || !tenant::may_find(&door.facts, &door.export, name, self.peer_uid, door.current.get())
         {
-            tracing::info!(volume = %door.export, vm = %door.vm, "export {name:?} asked for and not shown");
+            door.not_shown.say(|times| {
+                let name = clipped(name);
+                tracing::info!(volume = %door.export, vm = %door.vm, times, "export {name:?} asked for and not shown");
+            });
             return None;
         }
         Some(Export {
@@ -169,5 +196,49 @@ impl Exports for Shown {
             Ok(()) if !door.closed.get() => vec![(door.export.clone(), self.description())],
             _ => Vec::new(),
         }
+    }
+}
+
+/// Counts what a client can cause as often as it likes.
+#[derive(Default)]
+struct Seldom(Cell<u64>);
+
+impl Seldom {
+    /// Says it the 1st, 2nd, 4th, 8th … time, with the count.
+    fn say(&self, say: impl FnOnce(u64)) {
+        let times = self.0.get() + 1;
+        self.0.set(times);
+        if times.is_power_of_two() {
+            say(times);
+        }
+    }
+}
+
+/// The beginning of a client's text.
+fn clipped(text: &str) -> &str {
+    let end = text.char_indices().nth(CLIENT_TEXT_CHARS);
+    end.map_or(text, |(end, _)| &text[..end])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_client_repeats_is_said_ever_more_seldom() {
+        let (seldom, mut said) = (Seldom::default(), Vec::new());
+        for _ in 0..1_000_000 {
+            seldom.say(|times| said.push(times));
+        }
+        let powers: Vec<u64> = (0..20).map(|power| 1 << power).collect();
+        assert_eq!(said, powers);
+    }
+
+    #[test]
+    fn what_a_client_says_is_clipped_between_characters() {
+        assert_eq!(clipped("acme/web"), "acme/web");
+        assert_eq!(clipped(&"x".repeat(64)).len(), 64);
+        assert_eq!(clipped(&"x".repeat(4096)).len(), 64);
+        assert_eq!(clipped(&"ü".repeat(2048)), "ü".repeat(64));
     }
 }

@@ -87,6 +87,7 @@ pub enum Reached {
 /// Asks a store how far a volume's destruction is there.
 ///
 /// # Errors
+/// `Damaged` when all is done but for extents that the store has out of use and that may hold the volume's ciphertext;
 /// `Unavailable`, `Io`.
 pub async fn reached(store: &StoreHandle, volume: VolumeId) -> Result<Reached> {
     match store.volume(volume).await {
@@ -107,6 +108,8 @@ pub async fn reached(store: &StoreHandle, volume: VolumeId) -> Result<Reached> {
                     extents_done: extents.saturating_sub(extents_left),
                 }
             } else {
+                // Nothing of it is left that the store can name. What it cannot name it says here; no waiting is left.
+                store.scrubbed(volume).await?;
                 Reached::Gone { extents }
             })
         }
@@ -155,7 +158,8 @@ async fn destroy_keys(store: &StoreHandle, volume: VolumeId) -> Result<()> {
 
 /// Waits for the scrubber; the number of extents the volume held there.
 async fn await_scrub(store: &StoreHandle, volume: VolumeId) -> Result<u32> {
-    if !matches!(reached(store, volume).await?, Reached::Gone { .. }) {
+    // Of a volume that never was here there is nothing to wait for.
+    if let VolumeState::Tombstoned { .. } = store.volume(volume).await? {
         store.scrubbed(volume).await?;
     }
     match reached(store, volume).await? {

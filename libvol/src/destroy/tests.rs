@@ -257,3 +257,34 @@ fn run_one(seed: u64, cut: u64, volume: VolumeId, media: &[Media], ids: &[StoreI
         .collect();
     assert_eq!(extents, [EXTENTS; 2], "seed {seed}, cut {cut}");
 }
+
+#[test]
+fn extents_that_are_out_of_use_and_may_be_the_volumes_keep_it_from_being_called_destroyed() {
+    let volume = VolumeId::random();
+    let (mut media, ids) = with_volume(volume);
+    // Both copies of the page with the records of the volume's extents, which are the first of the first store.
+    let number = |at: u64| {
+        let mut bytes = [0; 8];
+        media[0].read(at, &mut bytes);
+        u64::from_le_bytes(bytes)
+    };
+    let (slots, tombstones) = (number(188) & 0xffff_ffff, number(192) & 0xffff_ffff);
+    let (table_at, table_bytes) = (number(240), number(248));
+    let page = (slots + tombstones) / 63;
+    for copy in [0, table_bytes / 2] {
+        media[0].overwrite(table_at + copy + page * 4096 + 100, &[0x77; 64]);
+    }
+    let notes = Arc::default();
+    let driver = SimDriver::new(6, media);
+    for _ in 0..2 {
+        let outcome = run_once(&driver, volume, &ids, [true, true], &notes).unwrap();
+        assert!(
+            matches!(&outcome, Outcome::Unfinished(left)
+                if left.len() == 1 && left[0].0 == ids[0] && left[0].1.contains("whose extent")),
+            "{outcome:?}"
+        );
+        assert_eq!(notes.lock().unwrap().done, [(ids[1], EXTENTS)]);
+        assert!(!notes.lock().unwrap().finished);
+    }
+    assert!(!is_gone(&driver.media()[0]), "the test sees what it looks for");
+}

@@ -391,7 +391,10 @@ fn device_is_read_only(metadata: &Metadata) -> bool {
 fn read_only(path: &Path, why: &str) -> Error {
     Error::new(
         Kind::ReadOnly,
-        format!("{}: {why}; a store must be writable", path.display()),
+        format!(
+            "{}: {why}; make it writable, or use another place",
+            path.display()
+        ),
     )
 }
 

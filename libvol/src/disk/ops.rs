@@ -204,6 +204,8 @@ fn unclaimed_descriptor(op: &Op, result: &io::Result<usize>) -> Option<OwnedFd> 
 pub(super) fn file_of(op: &Op) -> Option<FileSlot> {
     match op {
         Op::Read { file, .. } | Op::Write { file, .. } | Op::Sync { file } => Some(*file),
-        Op::Accept { .. } | Op::Recv { .. } | Op::Send { .. } | Op::Readable { .. } => None,
+        Op::Accept { .. } | Op::Recv { .. } | Op::Send { .. } | Op::Readable { .. } | Op::HangUp { .. } => {
+            None
+        }
     }
 }

@@ -189,7 +189,8 @@ fn more_operations_than_the_queue_holds_start_at_once(engine: EngineChoice) {
                 let buf = Buf::zeroed(16);
                 drop(Box::pin(idle.recv(buf, 0..16)));
                 let fd = Rc::new(idle.socket().try_clone().unwrap());
-                drop(submit(&driver, Op::Readable { fd }));
+                drop(submit(&driver, Op::Readable { fd: fd.clone() }));
+                drop(submit(&driver, Op::HangUp { socket: fd }));
             }
         }
         for read in reads {
@@ -559,6 +560,32 @@ fn shutdown_ends_a_pending_receive(engine: EngineChoice) {
     }));
 }
 
+fn a_hang_up_is_noticed_while_bytes_are_still_to_be_received(engine: EngineChoice) {
+    runtime_on(engine).block_on(within(async {
+        for half in [true, false] {
+            let (ours, mut theirs) = socket_pair();
+            theirs.write_all(b"unread").unwrap();
+            let noticed = spawn({
+                let ours = ours.clone();
+                async move { ours.hung_up().await }
+            });
+            sleep(Duration::from_millis(5)).await;
+            assert!(!noticed.is_finished(), "bytes alone are no hang-up");
+            if half {
+                theirs.shutdown(std::net::Shutdown::Write).unwrap();
+            } else {
+                drop(theirs);
+            }
+            noticed.await;
+            let (result, buf) = ours.recv(Buf::zeroed(16), 0..16).await;
+            assert_eq!(&buf[..result.unwrap()], b"unread");
+            // One's own end counts, and what has happened is noticed at once.
+            ours.shutdown();
+            ours.hung_up().await;
+        }
+    }));
+}
+
 fn a_dropped_runtime_ends_its_tasks_and_closes_what_they_held(engine: EngineChoice) {
     let (scratch, file) = Scratch::new(8);
     let dir = tempfile::tempdir().unwrap();
@@ -673,19 +700,19 @@ fn where_io_uring_is_refused_threads_take_over_and_the_line_says_why() {
 }
 
 #[test]
-#[ignore = "needs root and loop devices"]
 fn a_block_device_is_claimed_and_classified_with_what_is_below_it() {
     let (scratch, file) = Scratch::new(1024);
     drop(file);
     let output = std::process::Command::new("losetup")
+        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
         .args(["--find", "--show", "--direct-io=on"])
         .arg(&scratch.path)
         .output()
         .expect("losetup is missing: apt-get install mount");
     assert!(
         output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
+        "losetup failed: {}; block devices are tested on loop devices: run as root with /dev/loop-control present",
+        String::from_utf8_lossy(&output.stderr).trim()
     );
     let device = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
     let outcome = std::panic::catch_unwind(|| {
@@ -714,6 +741,7 @@ fn a_block_device_is_claimed_and_classified_with_what_is_below_it() {
         println!("{medium:?}");
     });
     let detached = std::process::Command::new("losetup")
+        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
         .arg("--detach")
         .arg(&device)
         .status();
@@ -751,6 +779,7 @@ on_both_engines! {
     sockets_in_non_blocking_mode_work_too
     connections_are_accepted_until_the_listener_closes
     a_forgotten_receive_is_cancelled_and_lets_its_socket_go
+    a_hang_up_is_noticed_while_bytes_are_still_to_be_received
     shutdown_ends_a_pending_receive
     a_dropped_runtime_ends_its_tasks_and_closes_what_they_held
 }

@@ -298,6 +298,8 @@ impl Core {
                 }
                 Op::Send { socket, .. } => poll_entry(socket.as_raw_fd(), libc::POLLOUT),
                 Op::Readable { fd } => poll_entry(fd.as_raw_fd(), libc::POLLIN),
+                // An end of everything, and an error, are always reported.
+                Op::HangUp { socket } => poll_entry(socket.as_raw_fd(), libc::POLLRDHUP),
                 Op::Read { .. } | Op::Write { .. } | Op::Sync { .. } => {
                     unreachable!("disks do not wait here")
                 }
@@ -333,8 +335,8 @@ impl Core {
         let op = self.ops.get(key).0;
         loop {
             let result = match op {
-                Op::Readable { .. } if events == 0 => return None,
-                Op::Readable { .. } => return Some(Ok(events as usize)),
+                Op::Readable { .. } | Op::HangUp { .. } if events == 0 => return None,
+                Op::Readable { .. } | Op::HangUp { .. } => return Some(Ok(events as usize)),
                 Op::Accept { socket } => {
                     // SAFETY: no address is asked for, so nothing is written; the op owns the socket.
                     let fd = unsafe {

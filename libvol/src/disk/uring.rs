@@ -294,6 +294,10 @@ impl Core {
             Op::Readable { fd } => {
                 opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), libc::POLLIN as u32).build()
             }
+            // An end of everything, and an error, are always reported.
+            Op::HangUp { socket } => {
+                opcode::PollAdd::new(types::Fd(socket.as_raw_fd()), libc::POLLRDHUP as u32).build()
+            }
         };
         self.push(&entry.user_data(key.0 as u64));
     }

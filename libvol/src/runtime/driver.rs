@@ -81,6 +81,11 @@ pub enum Op {
         /// What to wait for.
         fd: Rc<OwnedFd>,
     },
+    /// Wait until the peer of a stream has closed it or its sending half, whatever is still to be received.
+    HangUp {
+        /// The stream.
+        socket: Rc<OwnedFd>,
+    },
 }
 
 /// A piece of an outgoing message.

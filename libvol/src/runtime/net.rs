@@ -121,6 +121,14 @@ impl Stream {
         Ok(())
     }
 
+    /// Waits until the peer has closed the stream or its sending half, or the stream was shut down. Bytes that it sent
+    /// before may still be there to be received.
+    pub async fn hung_up(&self) {
+        let socket = self.socket.clone();
+        // A wait that fails tells nothing more than one that ends: the next receive will.
+        let _ = submit(&self.driver, Op::HangUp { socket }).await;
+    }
+
     /// Ends the conversation: pending receives return 0, pending sends fail.
     pub fn shutdown(&self) {
         shutdown(&self.socket, Shutdown::Both);

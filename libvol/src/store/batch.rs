@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use super::books::Books;
 use super::log::Entry;
-use super::record::{ExtentRecord, ExtentState, MEMBERS_MAX, Tombstone, VolumeEntry};
+use super::record::{ExtentRecord, ExtentState, MEMBERS_MAX, Tombstone, VolumeEntry, is_volume_size};
 use super::table::Record;
 use super::{Change, VolumeRecord};
 use crate::error::{Error, Result};
@@ -215,6 +215,11 @@ impl Transaction<'_> {
                 return Err(Error::internal("ReleaseDataset must be a transaction of its own"));
             }
             Change::SetSize { volume, size_bytes } => self.set_volume(*volume, |record| {
+                if !is_volume_size(*size_bytes) {
+                    return Err(Error::invalid(format!(
+                        "volume {volume}: a size of {size_bytes} bytes, which no volume has"
+                    )));
+                }
                 record.size_bytes = *size_bytes;
                 Ok(())
             })?,

@@ -38,6 +38,8 @@ pub(super) struct Books {
     slots: HashMap<VolumeId, u32>,
     tombstones: HashMap<VolumeId, u32>,
     dead_datasets: HashSet<DatasetId>,
+    /// Slots that cannot be written: out of use until the store is opened again.
+    retired_slots: HashSet<u32>,
     /// Where the last reservation ended: sequential writers get neighbours.
     cursor: u32,
 }
@@ -60,6 +62,7 @@ impl Books {
             slots: HashMap::new(),
             tombstones: HashMap::new(),
             dead_datasets: HashSet::new(),
+            retired_slots: HashSet::new(),
             cursor: 0,
         };
         let mut findings = Vec::new();
@@ -329,10 +332,21 @@ impl Books {
         self.dead_datasets.contains(&dataset)
     }
 
-    /// An unused slot whose record is known.
+    /// An unused slot whose record is known, and which can be written as far as is known.
     pub(super) fn unused_slot(&self) -> Option<u32> {
-        (0..self.table.layout().slots)
-            .find(|slot| self.table.volume(*slot).is_none() && !self.table.is_unknown(*slot))
+        let usable = |slot: &u32| !self.table.is_unknown(*slot) && !self.retired_slots.contains(slot);
+        let mut usable = (0..self.table.layout().slots).filter(usable);
+        usable.find(|slot| self.table.volume(*slot).is_none())
+    }
+
+    /// A slot that cannot be written is not handed out.
+    pub(super) fn retire_slot(&mut self, slot: u32) {
+        self.retired_slots.insert(slot);
+    }
+
+    /// Whether some slot that no volume is live in could not be erased.
+    pub(super) fn has_retired_slots(&self) -> bool {
+        !self.retired_slots.is_empty()
     }
 
     /// A place for one more tombstone.
@@ -352,6 +366,11 @@ impl Books {
             (0..layout.tombstones).filter(|place| !self.table.is_unknown(layout.tombstone_index(*place)));
         let live = self.volumes().filter(|(_, entry)| !entry.tombstoned).count();
         (known.count() as u32).saturating_sub((self.tombstones.len() + live) as u32)
+    }
+
+    /// Whether some volume records cannot be read, so that nobody can tell whether a volume is here.
+    pub(super) fn has_unknown_volumes(&self) -> bool {
+        (0..self.table.layout().slots).any(|slot| self.table.is_unknown(slot))
     }
 
     /// Whether some tombstones cannot be read, so that nobody can tell whether a volume was destroyed.

@@ -148,13 +148,11 @@ impl Keeper {
         let bytes = Rc::new(frame.encode(self.superblock.store));
         let written = async {
             self.disk.write(at, bytes.clone(), 0..bytes.len()).await?;
-            self.disk.sync().await
+            self.shared.sync(&self.disk, "redo log").await
         };
         match written.await {
-            // Another sync of this store may have failed meanwhile, and ours succeeded only because the kernel reports
-            // an error once.
-            Ok(()) => self.shared.check_fault().map(|()| lsn),
-            Err(error) => Err(self.failed("redo log", error.into())),
+            Ok(()) => Ok(lsn),
+            Err(error) => Err(self.failed("redo log", error)),
         }
     }
 
@@ -231,8 +229,7 @@ impl Keeper {
             for pages in changed.chunks(PAGES_PER_STEP) {
                 self.write_copies(pages, good).await?;
             }
-            self.disk.sync().await?;
-            self.shared.check_fault()?;
+            self.shared.sync(&self.disk, "checkpoint").await?;
         }
         Ok(lsn)
     }

@@ -16,7 +16,7 @@ use super::transfer::{SPAN_BYTES, write_zeros};
 use crate::buf::Buf;
 use crate::disk::Disk;
 use crate::error::{Error, Result};
-use crate::ids::StoreId;
+use crate::ids::{Name, StoreId};
 use crate::limits::{BLOCK, EXTENT_BYTES_MAX, EXTENT_BYTES_MIN, STORE_BYTES_MAX, STORE_BYTES_MIN};
 
 /// Extents a new store must have room for: a volume, and something to scrub meanwhile.
@@ -28,37 +28,43 @@ const EXTENTS_MIN: u32 = 4;
 /// # Errors
 /// `Invalid` for sizes out of range (too small: the message says the least), `Io`.
 pub async fn format(disk: &Disk, options: &FormatOptions) -> Result<StoreId> {
-    let FormatOptions {
-        size_bytes,
-        extent_bytes,
-        ..
-    } = *options;
+    let (size_bytes, extent_bytes) = (options.size_bytes, options.extent_bytes);
+    check_sizes(&options.name, Some(size_bytes), extent_bytes)?;
+    let sizes = Sizes::for_store(size_bytes / BLOCK * BLOCK, extent_bytes);
+    format_with(disk, options, sizes).await
+}
+
+/// Whether a store of this size (if it is known yet) and extent size may be made.
+///
+/// # Errors
+/// `Invalid` for sizes out of range (too small: the message says the least).
+pub fn check_sizes(name: &Name, size_bytes: Option<u64>, extent_bytes: u64) -> Result<()> {
     if !extent_bytes.is_power_of_two() || !(EXTENT_BYTES_MIN..=EXTENT_BYTES_MAX).contains(&extent_bytes) {
         return Err(Error::invalid(format!(
-            "an extent of {extent_bytes} bytes: use a power of two from {} to {} MiB",
+            "store \"{name}\": extents of {extent_bytes} bytes; use a power of two from {} to {} MiB",
             EXTENT_BYTES_MIN >> 20,
             EXTENT_BYTES_MAX >> 20
         )));
     }
-    let size_bytes = size_bytes / BLOCK * BLOCK;
-    let sizes = Sizes::for_store(size_bytes, extent_bytes);
+    let Some(size_bytes) = size_bytes else {
+        return Ok(());
+    };
+    if size_bytes > STORE_BYTES_MAX {
+        return Err(Error::invalid(format!(
+            "store \"{name}\": {size_bytes} bytes are more than the {} TiB a store may have; make several",
+            STORE_BYTES_MAX >> 40
+        )));
+    }
+    let sizes = Sizes::for_store(size_bytes / BLOCK * BLOCK, extent_bytes);
     let least = Layout::bytes_for(EXTENTS_MIN, extent_bytes, sizes).max(STORE_BYTES_MIN);
     if size_bytes < least {
         return Err(Error::invalid(format!(
-            "store \"{}\": {size_bytes} bytes are too small; with {} MiB extents the least is {} MiB",
-            options.name,
+            "store \"{name}\": {size_bytes} bytes are too small; with {} MiB extents the least is {} MiB",
             extent_bytes >> 20,
             least.div_ceil(1 << 20)
         )));
     }
-    if size_bytes > STORE_BYTES_MAX {
-        return Err(Error::invalid(format!(
-            "store \"{}\": {size_bytes} bytes are more than the {} TiB a store may have; make several",
-            options.name,
-            STORE_BYTES_MAX >> 40
-        )));
-    }
-    format_with(disk, options, sizes).await
+    Ok(())
 }
 
 /// [`format`] with chosen sizes of the metadata regions and no limits but the format's own.

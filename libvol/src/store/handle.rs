@@ -4,11 +4,12 @@
 //! what it has begun, and reserved extents whose receiver is gone come back by themselves.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use futures_channel::{mpsc, oneshot};
 
 use super::layout::Layout;
+use super::sync::SyncBook;
 use super::{
     Change, ExtentEntry, Finding, ScrubProgress, StoreInfo, StoreSpace, VolumeRecord, VolumeSlot, VolumeState,
 };
@@ -36,14 +37,20 @@ pub(super) enum Request {
     Close(Reply<()>),
 }
 
+type OnFault = Box<dyn FnOnce() + Send>;
+
 /// What keeper, handles and data paths share.
 pub(super) struct Shared {
     pub(super) info: StoreInfo,
     pub(super) layout: Layout,
     pub(super) file: DiskFile,
-    pub(super) findings: Vec<Finding>,
+    /// Set once the store has recovered, before anybody has a handle.
+    findings: OnceLock<Vec<Finding>>,
+    pub(super) syncs: SyncBook,
     space: SpaceCounters,
     fault: OnceLock<String>,
+    /// Called when the latch closes. Nothing is called or locked while this is held.
+    on_fault: Mutex<Vec<OnFault>>,
     closed: AtomicBool,
     sender: mpsc::UnboundedSender<Request>,
 }
@@ -61,16 +68,17 @@ impl Shared {
         info: StoreInfo,
         layout: Layout,
         file: DiskFile,
-        findings: Vec<Finding>,
     ) -> (Arc<Self>, mpsc::UnboundedReceiver<Request>) {
         let (sender, receiver) = mpsc::unbounded();
         let shared = Self {
             info,
             layout,
             file,
-            findings,
+            findings: OnceLock::new(),
+            syncs: SyncBook::default(),
             space: SpaceCounters::default(),
             fault: OnceLock::new(),
+            on_fault: Mutex::default(),
             closed: AtomicBool::new(false),
             sender,
         };
@@ -95,7 +103,25 @@ impl Shared {
         if self.fault.set(reason.to_owned()).is_ok() {
             tracing::error!(store = %self.info.name, reason, "store is faulty and takes no more writes");
             let _ = self.sender.unbounded_send(Request::Faulty);
+            self.tell_fault();
         }
+    }
+
+    pub(super) fn fault(&self) -> Option<&String> {
+        self.fault.get()
+    }
+
+    /// Calls those who want to hear of the fault. After the latch has closed.
+    fn tell_fault(&self) {
+        let waiting = std::mem::take(&mut *self.on_fault.lock().unwrap_or_else(PoisonError::into_inner));
+        for tell in waiting {
+            tell();
+        }
+    }
+
+    pub(super) fn set_findings(&self, findings: Vec<Finding>) {
+        let set = self.findings.set(findings);
+        assert!(set.is_ok(), "a store recovers once");
     }
 
     pub(super) fn publish(&self, space: StoreSpace) {
@@ -175,17 +201,30 @@ impl StoreHandle {
 
     /// What was found wrong when the store was opened; all else serves.
     pub fn findings(&self) -> &[Finding] {
-        &self.shared.findings
+        self.shared.findings.get().map_or(&[], Vec::as_slice)
     }
 
     /// Why the store takes no more writes (a sync or metadata write failed), once that has happened. Latched.
     pub fn fault(&self) -> Option<String> {
-        self.shared.fault.get().cloned()
+        self.shared.fault().cloned()
     }
 
     /// Latches the store as faulty: every later commit, write and flush is refused. Called by whoever sees a sync fail.
     pub fn latch_fault(&self, reason: &str) {
         self.shared.latch(reason);
+    }
+
+    /// Calls `tell` once when the store latches as faulty, at once if it has. On whatever thread sees the fault, so it
+    /// only wakes somebody.
+    pub fn on_fault(&self, tell: impl FnOnce() + Send + 'static) {
+        let shared = &self.shared;
+        let mut waiting = shared.on_fault.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.push(Box::new(tell));
+        drop(waiting);
+        // The latch may have closed just before, and told those who were there then.
+        if shared.fault().is_some() {
+            shared.tell_fault();
+        }
     }
 
     async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Request) -> Result<T> {
@@ -233,7 +272,8 @@ impl StoreHandle {
     /// Adds a volume: slot copies written, synced and read back one after the other, then its record committed.
     ///
     /// # Errors
-    /// `NoSpace` (no slot, or no room for its future tombstone), `Refused` (tombstoned), `Exists`, `Io`.
+    /// `NoSpace` (no slot, or no room for its future tombstone), `Refused` (tombstoned), `Exists`, `Io` (a slot that cannot
+    /// be written is not tried again).
     pub async fn add_volume(&self, slot: VolumeSlot, record: VolumeRecord) -> Result<()> {
         let volume = Box::new((slot, record));
         self.ask(|reply| Request::AddVolume(volume, reply)).await
@@ -242,7 +282,8 @@ impl StoreHandle {
     /// Where a volume stands here.
     ///
     /// # Errors
-    /// `Damaged` when both slot copies are bad; `Unavailable`.
+    /// `Damaged` when both slot copies are bad, or when nothing is found and records that may be the volume's cannot be read;
+    /// `Unavailable`.
     pub async fn volume(&self, volume: VolumeId) -> Result<VolumeState> {
         self.ask(|reply| Request::Volume(volume, reply)).await
     }
@@ -260,7 +301,8 @@ impl StoreHandle {
     /// The caller has ended all I/O of the volume.
     ///
     /// # Errors
-    /// `NotFound` when the volume never was here, `Damaged` when its record is lost, `Io`, `Unavailable`.
+    /// `NotFound` when the volume never was here; `Damaged` when its record is lost, and with it where its keys are; `Io`
+    /// when a key copy cannot be overwritten (the store goes on), `Unavailable`.
     pub async fn destroy_volume(&self, volume: VolumeId) -> Result<()> {
         self.ask(|reply| Request::Destroy(volume, reply)).await
     }

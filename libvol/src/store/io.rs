@@ -9,6 +9,7 @@ use std::rc::Rc;
 
 use super::StoreHandle;
 use super::layout::Layout;
+use super::sync::Unsettled;
 use super::{SumArea, SumAreaRead, sums};
 use crate::buf::{Buf, BufPool};
 use crate::crypto::seal::SealedBuf;
@@ -36,12 +37,12 @@ struct Inner {
     syncs: Syncs,
 }
 
-/// Grouped syncs: numbered, one at a time.
+/// Grouped syncs: numbered, one in flight at a time.
 #[derive(Default)]
 struct Syncs {
     /// Syncs submitted so far.
     started: Cell<u64>,
-    /// The last one that succeeded.
+    /// The last one that succeeded and is settled ([`super::sync`]).
     finished: Cell<u64>,
     /// The last one anybody waits for.
     wanted: Cell<u64>,
@@ -151,7 +152,7 @@ impl StoreIo {
     }
 
     /// Makes every write that completed before the call durable. Callers share a sync that is not yet submitted, and never
-    /// join one that is. A failure latches the store as faulty before anyone is told of success.
+    /// join one that is. A failure, on any thread, latches the store as faulty before anyone is told of success.
     ///
     /// # Errors
     /// `Io`, `Unavailable`.
@@ -167,11 +168,11 @@ impl StoreIo {
             .done
             .until(|| {
                 let done = syncs.finished.get() >= ticket;
-                (done || !syncs.running.get()).then_some(())
+                (done || handle.shared.fault().is_some()).then_some(())
             })
             .await;
-        // Latched meanwhile, by this sync, or by another one that took the only report of a failure.
-        let Some(reason) = handle.fault() else {
+        // Latched meanwhile, by this sync or any other.
+        let Some(reason) = handle.shared.fault() else {
             return Ok(());
         };
         Err(Error::new(
@@ -189,13 +190,30 @@ impl Inner {
             // Submitted below before anybody else runs: who comes after that gets the next one.
             let number = syncs.started.get() + 1;
             syncs.started.set(number);
-            match self.disk.sync().await {
-                Ok(()) => syncs.finished.set(number),
-                Err(error) => self.handle.latch_fault(&error.to_string()),
+            match self.handle.shared.sync_unsettled(&self.disk, "data").await {
+                // Nobody else's sync was in flight: as most often.
+                Ok(unsettled) if unsettled.is_alone() => self.settled(number, unsettled).await,
+                // The next sync need not wait for the others'.
+                Ok(unsettled) => {
+                    let this = self.clone();
+                    spawn(async move { this.settled(number, unsettled).await }).detach();
+                }
+                // It is latched, and everybody looks at the latch.
+                Err(_) => syncs.done.notify_all(),
             }
-            syncs.done.notify_all();
         }
         syncs.running.set(false);
+        syncs.done.notify_all();
+    }
+
+    /// A sync has succeeded: says so as soon as that may be believed.
+    async fn settled(&self, number: u64, unsettled: Unsettled) {
+        let settled = self.handle.shared.settle(unsettled, "data").await;
+        let syncs = &self.syncs;
+        if settled.is_ok() {
+            // A later one covers as much, and may have been first.
+            syncs.finished.set(syncs.finished.get().max(number));
+        }
         syncs.done.notify_all();
     }
 }

@@ -19,9 +19,9 @@ use super::commit::Transaction;
 use super::handle::{Reply, Request, Reserved, Shared};
 use super::layout::Layout;
 use super::log::Ring;
-use super::recover::{Loaded, Slots, load};
+use super::recover::{Loaded, Repair, Slots, load};
 use super::superblock::Superblock;
-use super::{Expect, Severity, StoreHandle, StoreInfo, slots};
+use super::{Expect, Finding, Severity, StoreHandle, StoreInfo, slots};
 use crate::disk::{Disk, DiskFile, classify};
 use crate::error::{Error, Result};
 use crate::runtime::sync::{Notify, Semaphore};
@@ -70,9 +70,9 @@ pub(super) struct Keeper {
 pub async fn open(file: &DiskFile, expect: Expect) -> Result<StoreHandle> {
     let disk = Disk::attach(file)?;
     let loaded = load(&disk, file, expect).await?;
-    let (keeper, requests) = Keeper::new(disk, file, loaded);
+    let (keeper, findings, requests) = Keeper::new(disk, file, loaded);
     // Recovery acts on what it has read, which a cut may still take back: make it durable first, then write.
-    let recovered = keeper.recover().await;
+    let recovered = keeper.recover(findings).await;
     let handle = StoreHandle {
         shared: keeper.shared.clone(),
     };
@@ -85,7 +85,11 @@ pub async fn open(file: &DiskFile, expect: Expect) -> Result<StoreHandle> {
 }
 
 impl Keeper {
-    fn new(disk: Disk, file: &DiskFile, loaded: Loaded) -> (Rc<Self>, mpsc::UnboundedReceiver<Request>) {
+    fn new(
+        disk: Disk,
+        file: &DiskFile,
+        loaded: Loaded,
+    ) -> (Rc<Self>, Vec<Finding>, mpsc::UnboundedReceiver<Request>) {
         let Loaded {
             superblock,
             books,
@@ -103,13 +107,7 @@ impl Keeper {
             extents: superblock.layout.extents,
             medium: classify(file),
         };
-        for finding in &findings {
-            match finding.severity {
-                Severity::Note => tracing::info!(store = %info.name, "{}", finding.text),
-                Severity::Damage => tracing::warn!(store = %info.name, "{}", finding.text),
-            }
-        }
-        let (shared, requests) = Shared::new(info, superblock.layout, file.clone(), findings);
+        let (shared, requests) = Shared::new(info, superblock.layout, file.clone());
         shared.publish(books.space());
         let keeper = Self {
             shared,
@@ -132,13 +130,34 @@ impl Keeper {
             draining: Cell::new(false),
             stopped: Cell::new(false),
         };
-        (Rc::new(keeper), requests)
+        (Rc::new(keeper), findings, requests)
     }
 
     /// After reading: what was read is made durable, replayed pages are written, slots are put right.
-    async fn recover(&self) -> Result<()> {
-        self.disk.sync().await?;
+    async fn recover(&self, mut findings: Vec<Finding>) -> Result<()> {
+        self.log(&findings);
+        let read = findings.len();
+        self.shared.sync(&self.disk, "recovery").await?;
         self.checkpoint_now().await?;
+        self.put_slots_right(&mut findings).await?;
+        self.log(&findings[read..]);
+        self.shared.set_findings(findings);
+        Ok(())
+    }
+
+    fn log(&self, findings: &[Finding]) {
+        let store = &self.shared.info.name;
+        for finding in findings {
+            match finding.severity {
+                Severity::Note => tracing::info!(%store, "{}", finding.text),
+                Severity::Damage => tracing::warn!(%store, "{}", finding.text),
+            }
+        }
+    }
+
+    /// Writes slot copies that are bad, and never the good one; erases what no volume is live in. A copy that cannot be
+    /// written is named, and costs nothing else. A failed sync ends it.
+    async fn put_slots_right(&self, findings: &mut Vec<Finding>) -> Result<()> {
         let (repair, stale) = {
             let mut slots = self.slots.borrow_mut();
             (
@@ -146,20 +165,37 @@ impl Keeper {
                 std::mem::take(&mut slots.stale),
             )
         };
-        for (number, sequence, slot) in repair {
-            tracing::info!(store = %self.shared.info.name, volume = %slot.volume, "rewriting a bad slot copy");
-            slots::write(
-                &self.disk,
-                &self.layout,
-                self.superblock.store,
-                number,
-                sequence,
-                &slot,
-            )
-            .await?;
+        for Repair {
+            number,
+            copy,
+            sequence,
+            slot,
+        } in repair
+        {
+            let volume = slot.volume;
+            tracing::info!(store = %self.shared.info.name, %volume, "rewriting a bad slot copy");
+            let written = slots::write_copy(&self.shared, &self.disk, number, copy, sequence, &slot).await;
+            if let Err(error) = written {
+                if self.shared.fault().is_some() {
+                    return Err(error);
+                }
+                findings.push(Finding::damage(format!(
+                    "volume {volume}: slot {number}, copy {}: cannot be rewritten ({error}); its keys have one copy here",
+                    copy + 1
+                )));
+            }
         }
         for number in stale {
-            slots::erase(&self.disk, &self.layout, number).await?;
+            if let Err(error) = slots::erase(&self.shared, &self.disk, number).await {
+                if self.shared.fault().is_some() {
+                    return Err(error);
+                }
+                self.books.borrow_mut().retire_slot(number);
+                findings.push(Finding::damage(format!(
+                    "slot {number}: no volume is live in it, and it cannot be erased ({error}); it is not used again, and \
+                     may hold wrapped keys of a destroyed volume"
+                )));
+            }
         }
         Ok(())
     }

@@ -4,7 +4,7 @@
 //! there, so offsets computed here are inside the file. It deliberately reads and writes nothing.
 
 use crate::ids::PhysicalExtent;
-use crate::limits::{BLOCK, BLOCK_SIZE};
+use crate::limits::{BLOCK, BLOCK_SIZE, EXTENT_BYTES_MIN, STORE_BYTES_MAX};
 
 /// Format version this build reads and writes.
 pub const FORMAT_VERSION: u32 = 1;
@@ -25,6 +25,14 @@ pub(super) const RECORDS_PER_PAGE: u32 = 63;
 pub(super) const LOG_UNIT: usize = 4096;
 /// Smallest ring the format can express.
 const LOG_BYTES_MIN: u64 = 16 * LOG_UNIT as u64;
+/// Largest ring: it is read in one piece when the store is opened.
+const LOG_BYTES_MAX: u64 = 16 << 20;
+/// Most volume slots.
+const SLOTS_MAX: u32 = 4096;
+/// Most tombstones.
+const TOMBSTONES_MAX: u32 = 1 << 20;
+/// Most extents: the largest store in the smallest extents a store is made with, 64 Mi. Their table lives in memory.
+const EXTENTS_MAX: u32 = (STORE_BYTES_MAX / EXTENT_BYTES_MIN) as u32;
 /// Longest frame, unless a quarter of the ring is less: room for 3639 records.
 pub(super) const FRAME_BYTES_MAX: usize = 64 * LOG_UNIT;
 /// Header of a checksum area: one sector.
@@ -77,9 +85,9 @@ impl Sizes {
     pub(super) fn for_store(size_bytes: u64, extent_bytes: u64) -> Self {
         let extents = size_bytes / extent_bytes;
         Self {
-            slots: extents.clamp(64, 4096) as u32,
-            tombstones: (extents * 16).clamp(4096, 1 << 20) as u32,
-            log_bytes: (size_bytes / 256).clamp(1 << 20, 16 << 20) / BLOCK * BLOCK,
+            slots: extents.clamp(64, SLOTS_MAX.into()) as u32,
+            tombstones: (extents * 16).clamp(4096, TOMBSTONES_MAX.into()) as u32,
+            log_bytes: (size_bytes / 256).clamp(1 << 20, LOG_BYTES_MAX) / BLOCK * BLOCK,
         }
     }
 }
@@ -156,12 +164,22 @@ impl Layout {
         if extents == 0 || slots == 0 || tombstones == 0 {
             return Some("no extents, slots or tombstones".into());
         }
-        if u64::from(extents) + u64::from(slots) + u64::from(tombstones) > u64::from(u32::MAX) {
-            return Some("more records than can be numbered".into());
+        // What is read whole, or kept in memory, is no larger than what a store is ever made with.
+        let counts = [
+            ("extents", extents, EXTENTS_MAX),
+            ("slots", slots, SLOTS_MAX),
+            ("tombstones", tombstones, TOMBSTONES_MAX),
+        ];
+        if let Some((name, count, most)) = counts.into_iter().find(|(_, count, most)| count > most) {
+            return Some(format!("{count} {name}, of {most} at most"));
         }
         let lengths = [
             ("slots", self.slot_region, 2 * u64::from(slots) * SLOT_BYTES),
-            ("log", self.log, self.log.len.max(LOG_BYTES_MIN) / BLOCK * BLOCK),
+            (
+                "log",
+                self.log,
+                self.log.len.clamp(LOG_BYTES_MIN, LOG_BYTES_MAX) / BLOCK * BLOCK,
+            ),
             (
                 "table",
                 self.table,
@@ -248,6 +266,11 @@ impl Layout {
     }
 }
 
+/// Bytes that scrubbing `extents` extents overwrites and reads back: their data and their checksum areas.
+pub fn scrubbed_bytes(extents: u32, extent_bytes: u64) -> u64 {
+    u64::from(extents) * (extent_bytes + sum_area_bytes(extent_bytes))
+}
+
 /// One header sector and 4 bytes a block, in whole blocks: 8 KiB for 4 MiB.
 fn sum_area_bytes(extent_bytes: u64) -> u64 {
     let sums = extent_bytes / BLOCK * 4;
@@ -287,11 +310,45 @@ mod tests {
     #[test]
     fn a_checksum_area_is_8_kib_for_the_default_extent_and_always_holds_every_sum() {
         assert_eq!(sum_area_bytes(EXTENT_BYTES_DEFAULT), 8192);
+        assert_eq!(scrubbed_bytes(3, EXTENT_BYTES_DEFAULT), 3 * ((4 << 20) + 8192));
         let mut extent_bytes = EXTENT_BYTES_MIN;
         while extent_bytes <= EXTENT_BYTES_MAX {
             assert!(sum_area_bytes(extent_bytes) >= 512 + extent_bytes / 4096 * 4);
             extent_bytes *= 2;
         }
+    }
+
+    #[test]
+    fn a_layout_larger_than_any_store_is_made_with_is_refused() {
+        let most = Sizes::for_store(STORE_BYTES_MAX, EXTENT_BYTES_MIN);
+        let largest = Layout::plan(STORE_BYTES_MAX, EXTENT_BYTES_MIN, most).unwrap();
+        assert_eq!(largest.fault(), None);
+        assert_eq!(
+            (most.slots, most.tombstones, most.log_bytes),
+            (SLOTS_MAX, TOMBSTONES_MAX, LOG_BYTES_MAX)
+        );
+        // Each is in proportion to its regions, so only its size is wrong.
+        let faulty = |extents, extent_bytes, sizes| {
+            let layout = Layout::with_extents(extents, extent_bytes, sizes);
+            layout.fault().expect("too large")
+        };
+        let long = 5 << 30;
+        let fault = faulty(
+            8,
+            1 << 20,
+            Sizes {
+                log_bytes: long,
+                ..most
+            },
+        );
+        assert!(fault.contains("region log"), "{fault}");
+        let fault = faulty(8, 1 << 20, Sizes { slots: 4097, ..most });
+        assert!(fault.contains("4097 slots"), "{fault}");
+        let tombstones = (1 << 20) + 1;
+        let fault = faulty(8, 1 << 20, Sizes { tombstones, ..most });
+        assert!(fault.contains("tombstones"), "{fault}");
+        let fault = faulty(u32::MAX - (2 << 20), 16 << 10, most);
+        assert!(fault.contains("extents, of 67108864"), "{fault}");
     }
 
     #[test]

@@ -26,6 +26,7 @@ mod scrub;
 mod slots;
 mod sums;
 mod superblock;
+mod sync;
 mod table;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -36,11 +37,11 @@ mod wire;
 pub use check::{
     CheckReport, CheckScope, ExtentReport, Finding, Severity, VolumeReport, check, compare_replicas,
 };
-pub use format::format;
+pub use format::{check_sizes, format};
 pub use handle::StoreHandle;
 pub use io::StoreIo;
 pub use keeper::open;
-pub use layout::FORMAT_VERSION;
+pub use layout::{FORMAT_VERSION, scrubbed_bytes};
 
 use std::path::PathBuf;
 

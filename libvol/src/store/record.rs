@@ -6,6 +6,7 @@ use super::layout::RECORD_BYTES;
 use super::wire::structure;
 use super::{Member, VolumeRecord};
 use crate::ids::{DatasetId, Epoch, ExtentIndex, KeyVersion, ReplicaSet, VolumeId};
+use crate::limits::{BLOCK, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN};
 
 /// Raw bytes of one record.
 pub(super) type Image = [u8; RECORD_BYTES];
@@ -213,6 +214,10 @@ impl VolumeEntry {
             TOMBSTONED => true,
             _ => return None,
         };
+        let size_bytes = f::SIZE_BYTES.u64(image);
+        if !is_volume_size(size_bytes) {
+            return None;
+        }
         let states = f::MEMBER_STATES.of(image);
         let members = states.get(..usize::from(f::MEMBERS.u8(image)))?;
         let members = members.iter().map(|byte| match byte {
@@ -225,7 +230,7 @@ impl VolumeEntry {
         Some(Some(Self {
             record: VolumeRecord {
                 volume: VolumeId::from_bytes(f::VOLUME.id(image)),
-                size_bytes: f::SIZE_BYTES.u64(image),
+                size_bytes,
                 membership_epoch: Epoch(f::EPOCH.u64(image)),
                 members: members.collect::<Option<_>>()?,
             },
@@ -233,6 +238,11 @@ impl VolumeEntry {
             tombstoned,
         }))
     }
+}
+
+/// Whether a volume can have that size.
+pub(super) fn is_volume_size(size_bytes: u64) -> bool {
+    size_bytes.is_multiple_of(BLOCK) && (VOLUME_BYTES_MIN..=VOLUME_BYTES_MAX).contains(&size_bytes)
 }
 
 #[cfg(test)]
@@ -295,5 +305,34 @@ mod tests {
             None,
             "more members than there is room for"
         );
+    }
+    #[test]
+    fn a_size_that_no_volume_has_is_damage() {
+        let with_size = |size_bytes| {
+            let entry = VolumeEntry {
+                record: VolumeRecord {
+                    volume: VolumeId::random(),
+                    size_bytes,
+                    membership_epoch: Epoch(1),
+                    members: vec![Member::InSync],
+                },
+                dataset: DatasetId::random(),
+                tombstoned: false,
+            };
+            VolumeEntry::decode(&VolumeEntry::encode(Some(&entry))).is_some()
+        };
+        for good in [VOLUME_BYTES_MIN, 1 << 30, VOLUME_BYTES_MAX] {
+            assert!(with_size(good), "{good}");
+        }
+        for bad in [
+            0,
+            512,
+            BLOCK + 1,
+            VOLUME_BYTES_MAX + BLOCK,
+            u64::MAX - BLOCK + 1,
+            u64::MAX,
+        ] {
+            assert!(!with_size(bad), "{bad}");
+        }
     }
 }

@@ -9,9 +9,9 @@
 //! | torn frame after the newest valid one | never committed; its place is written again |
 //! | one bad or older copy of a page | the other copy and the log suffice; both are written again |
 //! | both copies bad | the page's records are unknown and out of use; everything else serves |
-//! | one bad copy of a live volume's slot | rewritten from the good one |
+//! | one bad copy of a live volume's slot | rewritten from the good one; named when it cannot be |
 //! | two bad copies | that volume cannot be opened here |
-//! | a slot without a live record that is not zero | overwritten: a volume that never was, or was destroyed |
+//! | a slot without a live record that is not zero | overwritten: it never was, or was destroyed; named and not used when it cannot be |
 //! | two extents with one owner and place | both out of use |
 
 use std::collections::HashMap;
@@ -47,12 +47,23 @@ pub(super) struct Loaded {
 pub(super) struct Slots {
     /// Slots of live volumes; a text where both copies are bad.
     pub(super) live: HashMap<VolumeId, Result<VolumeSlot, String>>,
-    /// Live volumes' slots of which one copy is bad or older: sequence and contents to write.
-    pub(super) repair: Vec<(u32, u64, VolumeSlot)>,
+    /// Copies of live volumes' slots that are bad or older than the other one.
+    pub(super) repair: Vec<Repair>,
     /// Slots without a live record that are not zero.
     pub(super) stale: Vec<u32>,
     /// Volumes named by slots whose records are unknown.
     pub(super) unknown: HashMap<VolumeId, u32>,
+    /// Slots whose records are unknown, and which have a copy that may be anybody's.
+    pub(super) anyones: Vec<u32>,
+}
+
+/// A slot copy to write anew.
+pub(super) struct Repair {
+    pub(super) number: u32,
+    pub(super) copy: u8,
+    /// Sequence and contents of the good copy.
+    pub(super) sequence: u64,
+    pub(super) slot: VolumeSlot,
 }
 
 /// Reads everything.
@@ -65,7 +76,8 @@ pub(super) async fn load(disk: &Disk, file: &DiskFile, expect: Expect) -> Result
     let layout = superblock.layout;
     let damaged = |what: String| {
         Error::damaged(format!(
-            "{path}: {what}; run `vold check`, and restore this store's replicas from the others"
+            "{path}: {what}; stop vold and let `vold check` list what is hurt, or give the store up: volctl store remove --lost {}",
+            superblock.name
         ))
     };
     let log = read(disk, layout.log.at, layout.log.len as usize);
@@ -125,8 +137,8 @@ pub(super) async fn read_superblock(
     let total = superblock.layout.total_bytes;
     if size_bytes < total {
         return Err(Error::invalid(format!(
-            "{path} is truncated: store \"{}\" has {total} bytes, the file only {size_bytes}; restore the whole file",
-            superblock.name
+            "{path} is truncated: store \"{}\" has {total} bytes, the file only {size_bytes}; put the whole file back, or give the store up: volctl store remove --lost {}",
+            superblock.name, superblock.name
         )));
     }
     if let Some(installation) = expect.installation
@@ -236,8 +248,12 @@ impl Slots {
     fn take(&mut self, number: u32, copies: [SlotCopy; 2], books: &Books, findings: &mut Vec<Finding>) {
         if books.table().is_unknown(number) {
             for copy in copies {
-                if let SlotCopy::Valid(_, slot) = copy {
-                    self.unknown.insert(slot.volume, number);
+                match copy {
+                    SlotCopy::Valid(_, slot) => {
+                        self.unknown.insert(slot.volume, number);
+                    }
+                    SlotCopy::Zero => {}
+                    SlotCopy::Damaged(_) => self.anyones.push(number),
                 }
             }
             return;
@@ -275,8 +291,16 @@ impl Slots {
             self.live.insert(volume, Err(text));
             return;
         };
-        if copies[0] != copies[1] {
-            self.repair.push((number, sequence, slot.clone()));
+        let good = SlotCopy::Valid(sequence, slot.clone());
+        for (index, copy) in copies.iter().enumerate() {
+            if *copy != good {
+                self.repair.push(Repair {
+                    number,
+                    copy: index as u8,
+                    sequence,
+                    slot: slot.clone(),
+                });
+            }
         }
         self.live.insert(volume, Ok(slot));
     }

@@ -67,7 +67,7 @@ impl Keeper {
 
     async fn scrub(&self, zeros: &Rc<Buf>, round: &[PhysicalExtent]) -> Result<()> {
         each(round, |extent| self.overwrite(zeros, extent)).await?;
-        self.disk.sync().await?;
+        self.shared.sync(&self.disk, "scrub").await?;
         each(round, |extent| self.read_back(extent)).await?;
         self.commit(round.iter().map(|extent| Step::Free(*extent)).collect())
             .await?;

@@ -6,7 +6,8 @@
 use std::rc::Rc;
 
 use super::VolumeSlot;
-use super::layout::{Layout, SLOT_BYTES};
+use super::handle::Shared;
+use super::layout::SLOT_BYTES;
 use super::wire::{crc32c, is_zero, structure};
 use crate::buf::Buf;
 use crate::disk::Disk;
@@ -168,49 +169,59 @@ fn decode_slot(bytes: &[u8]) -> Option<VolumeSlot> {
 /// Writes copy 1, syncs, reads it back, then copy 2 likewise: at any moment one copy is whole.
 ///
 /// # Errors
-/// `Io`, also when a copy does not read back as written.
+/// `Io`, also when a copy does not read back as written. The store is latched only if the sync failed.
 pub(super) async fn write(
+    shared: &Shared,
     disk: &Disk,
-    layout: &Layout,
-    store: StoreId,
     number: u32,
     sequence: u64,
     slot: &VolumeSlot,
 ) -> Result<()> {
-    overwrite(
-        disk,
-        layout,
-        number,
-        Rc::new(encode(store, number, sequence, slot)),
-    )
-    .await
+    for copy in [0, 1] {
+        write_copy(shared, disk, number, copy, sequence, slot).await?;
+    }
+    Ok(())
 }
 
-/// Overwrites both copies with zeros, each synced and read back.
+/// Writes one copy, syncs and reads it back.
 ///
 /// # Errors
 /// As [`write()`].
-pub(super) async fn erase(disk: &Disk, layout: &Layout, number: u32) -> Result<()> {
-    overwrite(disk, layout, number, Rc::new(Buf::zeroed(fields::SIZE))).await
+pub(super) async fn write_copy(
+    shared: &Shared,
+    disk: &Disk,
+    number: u32,
+    copy: u8,
+    sequence: u64,
+    slot: &VolumeSlot,
+) -> Result<()> {
+    let bytes = Rc::new(encode(shared.info.id, number, sequence, slot));
+    overwrite(shared, disk, number, copy, bytes).await
 }
 
-async fn overwrite(disk: &Disk, layout: &Layout, number: u32, bytes: Rc<Buf>) -> Result<()> {
-    let name = |copy: u8| format!("volume slot {number}, copy {}", copy + 1);
-    for copy in [0, 1] {
-        let at = layout.slot_at(number, copy);
-        let written = disk.write(at, bytes.clone(), 0..bytes.len()).await;
-        written.map_err(|e| Error::from(e).context(name(copy)))?;
-        disk.sync()
-            .await
-            .map_err(|e| Error::from(e).context(name(copy)))?;
-        let (read, back) = disk.read(at, Buf::zeroed(bytes.len()), 0..bytes.len()).await;
-        read.map_err(|e| Error::from(e).context(name(copy)))?;
-        if back[..] != bytes[..] {
-            return Err(Error::io(format!(
-                "{}: reads back other bytes than were written",
-                name(copy)
-            )));
-        }
+/// Overwrites both copies with zeros, each synced and read back. One that cannot be does not spare the other.
+///
+/// # Errors
+/// As [`write()`].
+pub(super) async fn erase(shared: &Shared, disk: &Disk, number: u32) -> Result<()> {
+    let zeros = Rc::new(Buf::zeroed(fields::SIZE));
+    let first = overwrite(shared, disk, number, 0, zeros.clone()).await;
+    let second = overwrite(shared, disk, number, 1, zeros).await;
+    first.and(second)
+}
+
+async fn overwrite(shared: &Shared, disk: &Disk, number: u32, copy: u8, bytes: Rc<Buf>) -> Result<()> {
+    let name = format!("volume slot {number}, copy {}", copy + 1);
+    let at = shared.layout.slot_at(number, copy);
+    let written = disk.write(at, bytes.clone(), 0..bytes.len()).await;
+    written.map_err(|e| Error::from(e).context(&name))?;
+    shared.sync(disk, &name).await?;
+    let (read, back) = disk.read(at, Buf::zeroed(bytes.len()), 0..bytes.len()).await;
+    read.map_err(|e| Error::from(e).context(&name))?;
+    if back[..] != bytes[..] {
+        return Err(Error::io(format!(
+            "{name}: reads back other bytes than were written"
+        )));
     }
     Ok(())
 }

@@ -203,7 +203,7 @@ pub(super) fn choose(path: &str, copies: [Copy; 2]) -> Result<(Superblock, Vec<S
         )));
     }
     Err(Error::damaged(format!(
-        "{path}: both superblock copies are unusable ({}); restore the first 128 KiB, or remove the store as lost",
+        "{path}: both superblock copies are unusable ({}); put the file or device back as it was, or give the store up: volctl store remove --lost NAME",
         findings.join("; ")
     )))
 }
@@ -273,6 +273,26 @@ mod tests {
         fields::CRC.put_u32(&mut newer, crc);
         let error = choose("x", [Superblock::decode(&newer), Copy::Good(example())]).unwrap_err();
         assert_eq!(error.kind(), Kind::Unsupported, "half upgraded");
+    }
+
+    #[test]
+    fn a_right_checksum_does_not_make_a_layout_possible() {
+        let mut forged = example();
+        // All in proportion: a log of 5 GiB, which no transfer could read, and everything after it moved.
+        let more = (5 << 30) - forged.layout.log.len;
+        forged.layout.log.len += more;
+        for region in [
+            &mut forged.layout.table,
+            &mut forged.layout.sums,
+            &mut forged.layout.data,
+        ] {
+            region.at += more;
+        }
+        forged.layout.total_bytes += more;
+        let Copy::Damaged(why) = Superblock::decode(&forged.encode()) else {
+            panic!("believed");
+        };
+        assert!(why.contains("log"), "{why}");
     }
 
     #[test]

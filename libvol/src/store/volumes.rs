@@ -6,16 +6,25 @@
 
 use super::batch::Step;
 use super::keeper::Keeper;
-use super::record::{MEMBERS_MAX, Tombstone, VolumeEntry};
+use super::record::{MEMBERS_MAX, Tombstone, VolumeEntry, is_volume_size};
 use super::{Change, ScrubProgress, VolumeRecord, VolumeSlot, VolumeState, slots};
 use crate::error::{Error, Result};
 use crate::ids::VolumeId;
+
+/// Where a tombstoned volume's wrapped keys are.
+enum Keys {
+    /// In this slot, until it is overwritten.
+    InSlot(u32),
+    /// Nowhere: what may have held them reads as zeros, or is another volume's.
+    Gone,
+}
 
 impl Keeper {
     pub(super) async fn add_volume(&self, slot: VolumeSlot, record: VolumeRecord) -> Result<()> {
         slots::check_fits(&slot)?;
         let volume = slot.volume;
-        if record.volume != volume || record.members.len() > MEMBERS_MAX {
+        let fits = record.members.len() <= MEMBERS_MAX && is_volume_size(record.size_bytes);
+        if record.volume != volume || !fits {
             return Err(Error::invalid(format!(
                 "volume {volume}: its record does not fit its slot"
             )));
@@ -23,9 +32,12 @@ impl Keeper {
         let _one_at_a_time = self.slot_lock.acquire(1).await;
         self.check_open()?;
         let number = self.slot_for(&slot)?;
-        slots::write(&self.disk, &self.layout, self.superblock.store, number, 1, &slot)
-            .await
-            .map_err(|e| self.failed("add volume", e))?;
+        if let Err(error) = slots::write(&self.shared, &self.disk, number, 1, &slot).await {
+            // No record says that the slot counts, so only the slot is lost; what it got goes now, or at the next open.
+            self.books.borrow_mut().retire_slot(number);
+            let _ = slots::erase(&self.shared, &self.disk, number).await;
+            return Err(error);
+        }
         let entry = VolumeEntry {
             record,
             dataset: slot.dataset,
@@ -96,24 +108,39 @@ impl Keeper {
                 "volume {volume}: its record (slot {slot}) is damaged; use another replica, and run `vold check`"
             )));
         }
-        if books.has_unknown_tombstones() {
-            return Err(Error::damaged(format!(
-                "volume {volume}: not here, and some tombstones cannot be read; run `vold check`"
-            )));
+        match self.why_not_sure(volume) {
+            Some(error) => Err(error),
+            None => Ok(VolumeState::Unknown),
         }
-        Ok(VolumeState::Unknown)
+    }
+
+    /// Why a volume of which nothing is found may be, or have been, here all the same.
+    fn why_not_sure(&self, volume: VolumeId) -> Option<Error> {
+        let books = self.books.borrow();
+        let what = match (books.has_unknown_volumes(), books.has_unknown_tombstones()) {
+            (true, _) => "some volume records",
+            (false, true) => "some tombstones",
+            (false, false) => return None,
+        };
+        Some(Error::damaged(format!(
+            "volume {volume}: not found here, and {what} cannot be read; run `vold check`"
+        )))
     }
 
     pub(super) async fn destroy_volume(&self, volume: VolumeId) -> Result<()> {
         let _one_at_a_time = self.slot_lock.acquire(1).await;
         self.check_open()?;
-        let Some((slot, place, mut tombstone)) = self.commit_tombstone(volume).await? else {
+        let Some((keys, place, mut tombstone)) = self.commit_tombstone(volume).await? else {
             return Ok(());
         };
         if !tombstone.keys_done {
-            slots::erase(&self.disk, &self.layout, slot)
-                .await
-                .map_err(|e| self.failed("destroy volume", e))?;
+            if let Keys::InSlot(slot) = keys {
+                // A copy that cannot be overwritten stays this destruction's trouble: nothing else depends on it.
+                slots::erase(&self.shared, &self.disk, slot).await?;
+                let mut slots = self.slots.borrow_mut();
+                slots.unknown.remove(&volume);
+                slots.anyones.retain(|number| *number != slot);
+            }
             tombstone.keys_done = true;
             self.commit(vec![Step::Tombstone(place, tombstone)]).await?;
         }
@@ -124,21 +151,33 @@ impl Keeper {
         self.free_slots().await
     }
 
-    /// Makes sure that the volume's tombstone is durable; the slot to overwrite and the tombstone with its place. `None`
-    /// when the slot is free again: everything was done before.
-    async fn commit_tombstone(&self, volume: VolumeId) -> Result<Option<(u32, u32, Tombstone)>> {
+    /// Makes sure that the volume's tombstone is durable; where its keys are, and the tombstone with its place. `None` when
+    /// everything was done before.
+    async fn commit_tombstone(&self, volume: VolumeId) -> Result<Option<(Keys, u32, Tombstone)>> {
         let (slot, place, entry, tombstone) = {
             let books = self.books.borrow();
             match (books.volume(volume), books.tombstone(volume)) {
-                (None, Some(_)) => return Ok(None),
-                (Some((slot, _)), Some((place, tombstone))) => return Ok(Some((slot, place, *tombstone))),
+                (None, Some((_, done))) if done.keys_done && books.allocated_of(done.dataset) == 0 => {
+                    return Ok(None);
+                }
+                (None, Some((place, tombstone))) => {
+                    let keys = match tombstone.keys_done {
+                        true => Keys::Gone,
+                        false => self.find_keys(volume)?,
+                    };
+                    return Ok(Some((keys, place, *tombstone)));
+                }
+                (Some((slot, _)), Some((place, tombstone))) => {
+                    return Ok(Some((Keys::InSlot(slot), place, *tombstone)));
+                }
                 (None, None) => {
                     if let Some(slot) = self.slots.borrow().unknown.get(&volume) {
                         return Err(Error::damaged(format!(
                             "volume {volume}: its record (slot {slot}) is damaged; run `vold check`"
                         )));
                     }
-                    return Err(Error::not_found(format!("volume {volume} is not on this store")));
+                    let not_found = || Error::not_found(format!("volume {volume} is not on this store"));
+                    return Err(self.why_not_sure(volume).unwrap_or_else(not_found));
                 }
                 (Some((slot, entry)), None) => {
                     let place = books.tombstone_place().ok_or_else(|| {
@@ -162,7 +201,31 @@ impl Keeper {
         let steps = vec![Step::Volume(slot, Some(entry)), Step::Tombstone(place, tombstone)];
         self.commit(steps).await?;
         self.slots.borrow_mut().live.remove(&volume);
-        Ok(Some((slot, place, tombstone)))
+        Ok(Some((Keys::InSlot(slot), place, tombstone)))
+    }
+
+    /// Where the keys of a tombstoned volume are whose own record is lost, so that only the slots can tell.
+    ///
+    /// # Errors
+    /// `Damaged` when they cannot.
+    fn find_keys(&self, volume: VolumeId) -> Result<Keys> {
+        let slots = self.slots.borrow();
+        let Some(slot) = slots.unknown.get(&volume) else {
+            // Slots of known records hold their own volumes' keys, or were overwritten when the store was opened.
+            return match slots.anyones.first() {
+                None if !self.books.borrow().has_retired_slots() => Ok(Keys::Gone),
+                _ => Err(Error::damaged(format!(
+                    "volume {volume}: its record is damaged, and slots that may hold its keys cannot be told from others; \
+                     run `vold check`"
+                ))),
+            };
+        };
+        match slots.unknown.values().filter(|other| *other == slot).count() {
+            1 => Ok(Keys::InSlot(*slot)),
+            _ => Err(Error::damaged(format!(
+                "volume {volume}: its record is damaged, and slot {slot} names another volume as well; run `vold check`"
+            ))),
+        }
     }
 
     /// Slots of destroyed volumes whose last extent is free may be used again. The caller holds the slot lock.
@@ -200,19 +263,18 @@ impl Keeper {
 
     pub(super) async fn scrubbed(&self, volume: VolumeId) -> Result<()> {
         self.changed
-            .until(|| match self.scrub_progress(volume) {
-                Ok(progress) if progress.keys_done && progress.extents_done == progress.extents => {
-                    Some(Ok(()))
+            .until(|| {
+                let books = self.books.borrow();
+                let Some((_, tombstone)) = books.tombstone(volume) else {
+                    return Some(self.scrub_progress(volume).map(drop));
+                };
+                match tombstone.keys_done && books.left_of(tombstone.dataset) == 0 {
+                    // What is out of use is not scrubbed: it may hold this volume's ciphertext, and that must not be
+                    // called done.
+                    true => Some(books.check_dataset(tombstone.dataset)),
+                    false => self.check_open().err().map(Err),
                 }
-                Ok(_) => self.check_open().err().map(Err),
-                Err(error) => Some(Err(error)),
             })
-            .await?;
-        let books = self.books.borrow();
-        match books.tombstone(volume) {
-            // What is out of use is not scrubbed: it may hold this volume's ciphertext, and that must not be called done.
-            Some((_, tombstone)) => books.check_dataset(tombstone.dataset),
-            None => Ok(()),
-        }
+            .await
     }
 }

@@ -292,8 +292,7 @@ impl Request {
     /// Whether there is nothing to do but say so: hints, and ranges of no bytes.
     pub(in crate::nbd) fn is_trivial(&self) -> bool {
         match self {
-            Request::Cache => true,
-            Request::Flush | Request::BlockStatus { .. } => false,
+            Request::Flush | Request::Cache | Request::BlockStatus { .. } => false,
             Request::Read { len, .. }
             | Request::Write { len, .. }
             | Request::Trim { len, .. }

@@ -7,14 +7,21 @@ mod handshake;
 mod session;
 mod transmission;
 
+use std::cell::Cell;
 use std::future::Future;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use libvol::disk::{EngineChoice, make_driver};
-use libvol::runtime::{Runtime, Task, net::Stream, sleep, spawn, timeout, yield_now};
+use libvol::runtime::{
+    Done, Driver, FileSlot, Op, OpKey, Runtime, Task, Unpark, Wait, net::Stream, sleep, spawn, timeout,
+    yield_now,
+};
 
 use super::{Export, Exports, Sessions, serve_device};
 use client::Client;
@@ -30,6 +37,62 @@ fn on_both<F: Future<Output = ()> + 'static>(test: impl Fn() -> F) {
         println!("{name}");
         let runtime = Runtime::new(driver);
         runtime.block_on(within(test()));
+    }
+}
+
+/// Runs a test on both engines, which moves the clock on as it likes.
+fn on_both_with_clock<F: Future<Output = ()> + 'static>(test: impl Fn(Rc<MovedClock>) -> F) {
+    for engine in [EngineChoice::Threads, EngineChoice::Uring] {
+        let (driver, name) = make_driver(engine).expect("both engines run where the tests run");
+        println!("{name}");
+        let clock = Rc::new(MovedClock {
+            driver,
+            ahead: Cell::default(),
+        });
+        Runtime::new(clock.clone()).block_on(test(clock));
+    }
+}
+
+/// An engine whose clock is ahead of the real one.
+struct MovedClock {
+    driver: Rc<dyn Driver>,
+    ahead: Cell<Duration>,
+}
+
+impl MovedClock {
+    /// Moves it on.
+    fn advance(&self, by: Duration) {
+        self.ahead.set(self.ahead.get() + by);
+    }
+}
+
+impl Driver for MovedClock {
+    fn name(&self) -> &'static str {
+        self.driver.name()
+    }
+    fn submit(&self, op: Op) -> OpKey {
+        self.driver.submit(op)
+    }
+    fn poll(&self, key: OpKey, cx: &mut Context<'_>) -> Poll<Done> {
+        self.driver.poll(key, cx)
+    }
+    fn forget(&self, key: OpKey) {
+        self.driver.forget(key);
+    }
+    fn turn(&self, wait: Wait) {
+        self.driver.turn(wait);
+    }
+    fn attach(&self, file: Arc<OwnedFd>) -> io::Result<FileSlot> {
+        self.driver.attach(file)
+    }
+    fn detach(&self, slot: FileSlot) {
+        self.driver.detach(slot);
+    }
+    fn now(&self) -> Duration {
+        self.driver.now() + self.ahead.get()
+    }
+    fn unparker(&self) -> Arc<dyn Unpark> {
+        self.driver.unparker()
     }
 }
 

@@ -1,6 +1,6 @@
 //! Connections of one attachment among each other.
 
-use libvol::limits::NBD_CONNECTIONS_PER_ATTACHMENT;
+use libvol::limits::{NBD_CONNECTIONS_PER_ATTACHMENT, NBD_PAYLOAD_MAX, VOLUME_BYTES_IN_FLIGHT};
 
 use super::client::*;
 use super::*;
@@ -162,6 +162,42 @@ fn requests_of_a_lost_connection_end_before_its_sibling_starts_new_ones() {
 }
 
 #[test]
+fn a_write_that_waits_behind_a_full_window_does_not_land_after_a_newer_one() {
+    on_both(|| async {
+        const LONG: u32 = 20 << 20;
+        let server = Server::new(64 << 20);
+        let (old, old_task) = server.transmit().await;
+        let (mut new, _new_task) = server.transmit().await;
+        server.device.hold();
+        // Three reads at the device, which is as many as a depth of four allows; the write waits behind them.
+        for i in 0..3 {
+            old.request(0, READ, i, 0, LONG).await;
+        }
+        old.write(0, 3, 0, b"old").await;
+        // Beyond the window: the reader of this connection waits for room, and receives nothing.
+        old.request(0, READ, 4, 0, LONG).await;
+        eventually("the reads run", || server.device.running.get() == 3).await;
+        sleep(Duration::from_millis(20)).await;
+        old.drop_connection();
+        eventually("the loss is known", || server.sessions.leaving_connections() == 1).await;
+        new.write(0, 5, 0, b"new").await;
+        sleep(Duration::from_millis(20)).await;
+        assert_eq!(server.device.log.borrow().len(), 3, "the new write waits");
+        server.device.release();
+        assert_eq!(new.answer(0).await.error, 0);
+        assert_eq!(
+            server.device.ended.get(),
+            4,
+            "after everything of the lost connection"
+        );
+        old_task.await;
+        assert_eq!(server.device.contents(0, 3), b"new");
+        let writes = |what: &&String| what.starts_with("write");
+        assert_eq!(server.device.log.borrow().iter().filter(writes).count(), 1);
+    });
+}
+
+#[test]
 fn requests_still_in_the_socket_of_a_client_that_hung_up_are_not_served() {
     on_both(|| async {
         for still_reading in [false, true] {
@@ -227,5 +263,43 @@ fn a_request_whose_task_has_not_run_yet_when_all_is_ended_does_not_start() {
         assert_eq!(server.device.ended.get(), 1);
         server.sessions.end_all().await;
         assert_eq!(*server.device.log.borrow(), ["write 0+3 fua=false"]);
+    });
+}
+
+#[test]
+fn connections_share_the_bytes_of_their_attachment_and_one_without_any_may_always_bring_one_request() {
+    on_both(|| async {
+        let server = Server::new(64 << 20);
+        let (mut first, _first_task) = server.transmit().await;
+        let (second, _second_task) = server.transmit().await;
+        let (third, _third_task) = server.transmit().await;
+        server.device.fill(0, &vec![1; NBD_PAYLOAD_MAX as usize]);
+        // Two connections take all there is.
+        assert_eq!(VOLUME_BYTES_IN_FLIGHT, 4 * NBD_PAYLOAD_MAX as usize);
+        for client in [&first, &second] {
+            for i in 0..2 {
+                client.request(0, READ, i, 0, NBD_PAYLOAD_MAX).await;
+            }
+        }
+        eventually("four reads were served", || server.device.ended.get() == 4).await;
+        // Nobody takes the replies, so nothing is given back.
+        third.request(0, READ, 0, 0, NBD_PAYLOAD_MAX).await;
+        third.request(0, READ, 1, 0, 4096).await;
+        eventually("the lone read was served", || server.device.ended.get() == 5).await;
+        sleep(Duration::from_millis(20)).await;
+        assert_eq!(server.device.log.borrow().len(), 5, "and one more is too much");
+        for _ in 0..2 {
+            assert_eq!(first.answer(0).await.error, 0);
+        }
+        eventually("what was given back lets it in", || {
+            server.device.ended.get() == 6
+        })
+        .await;
+        // What a connection that is cut off had is given back too.
+        second.drop_connection();
+        first.request(0, READ, 2, 0, NBD_PAYLOAD_MAX).await;
+        first.request(0, READ, 3, 0, NBD_PAYLOAD_MAX).await;
+        eventually("there is room for both", || server.device.ended.get() == 8).await;
+        server.sessions.end_all().await;
     });
 }

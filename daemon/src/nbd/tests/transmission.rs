@@ -1,7 +1,7 @@
 //! Transmission against the device in memory.
 
 use libvol::error::Kind;
-use libvol::limits::{NBD_BYTES_IN_FLIGHT, NBD_PAYLOAD_MAX, NBD_REQUESTS_IN_FLIGHT};
+use libvol::limits::{NBD_BYTES_IN_FLIGHT, NBD_PAYLOAD_MAX, NBD_PAYLOAD_SECONDS, NBD_REQUESTS_IN_FLIGHT};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
@@ -567,5 +567,47 @@ fn arbitrary_bytes_end_in_replies_or_a_hangup_and_never_in_a_panic() {
         }
         assert_eq!(Rc::strong_count(&server.sessions), 1);
         assert_eq!(server.device.running.get(), 0);
+    });
+}
+
+#[test]
+fn a_payload_that_stops_coming_ends_the_connection_and_a_slow_one_does_not() {
+    const STEP: Duration = Duration::from_secs(NBD_PAYLOAD_SECONDS * 2 / 3);
+    on_both_with_clock(|clock| async move {
+        let server = Server::new(16 << 20);
+        for refused in [false, true] {
+            let (mut client, task) = server.transmit().await;
+            // Far more than a socket holds, so that what was sent was received, but for the end.
+            let (len, piece) = (12u32 << 20, vec![7; 4 << 20]);
+            let offset = if refused { 16 << 20 } else { 0 };
+            client.request(0, WRITE, 1, offset, len).await;
+            for _ in 0..3 {
+                clock.advance(STEP);
+                client.send(&piece).await;
+            }
+            let answer = client.answer(0).await;
+            assert_eq!(
+                (answer.cookie, answer.error != 0),
+                (1, refused),
+                "{STEP:?} between its pieces"
+            );
+            // Between requests a client may be silent as long as it likes.
+            clock.advance(STEP * 100);
+            yield_now().await;
+            client.request(0, WRITE, 2, offset, len).await;
+            client.send(&piece).await;
+            // Both only now: the first for the timer, the second for what was still in the socket.
+            clock.advance(STEP);
+            sleep(Duration::from_millis(5)).await;
+            assert!(!task.is_finished());
+            clock.advance(STEP * 2);
+            client.hangup().await;
+            task.await;
+        }
+        assert_eq!(
+            server.device.log.borrow().len(),
+            1,
+            "a write that is not whole is none"
+        );
     });
 }

@@ -3,7 +3,9 @@
 mod crash;
 mod damage;
 mod drawing;
+mod faults;
 mod life;
+mod lost;
 mod real;
 mod syncs;
 

@@ -144,3 +144,29 @@ fn a_failed_commit_is_an_error_for_all_who_shared_it_and_latches_the_store() {
         assert!(dirty.iter().all(|e| e.dirty), "nothing took effect");
     });
 }
+
+#[test]
+fn whoever_asked_hears_of_the_fault_as_it_latches_or_at_once() {
+    over_counted_syncs(async |store, _, failing| {
+        let heard = std::sync::Arc::new(std::sync::atomic::AtomicU32::new(0));
+        let ask = || {
+            let heard = heard.clone();
+            store.on_fault(move || {
+                heard.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            });
+        };
+        let count = || heard.load(std::sync::atomic::Ordering::Relaxed);
+        ask();
+        ask();
+        let io = attach(&store);
+        io.flush().await.unwrap();
+        assert_eq!(count(), 0);
+        failing.set(true);
+        io.flush().await.unwrap_err();
+        assert_eq!(count(), 2);
+        ask();
+        assert_eq!(count(), 3, "it has latched before");
+        store.latch_fault("again");
+        assert_eq!(count(), 3, "once each");
+    });
+}
