@@ -258,6 +258,12 @@ pub struct Replica {
     pub store: Name,
     /// `in_sync`, `stale`, `resyncing` or `away`.
     pub state: String,
+    /// Why it is not in sync.
+    pub reason: Option<String>,
+    /// Resyncing: bytes of extents still to be compared or copied.
+    pub resync_left_bytes: Option<u64>,
+    /// Resyncing: seconds until it is in sync, at the rate so far.
+    pub resync_seconds_left: Option<u64>,
 }
 
 /// A volume.

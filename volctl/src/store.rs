@@ -40,6 +40,11 @@ pub(crate) enum Command {
         /// Its name
         name: Name,
     },
+    /// Use a faulty store again, after you have looked at its device; its replicas catch up
+    Reopen {
+        /// Its name
+        name: Name,
+    },
     /// Give up a store that holds nothing any more
     Remove {
         /// Its name
@@ -72,6 +77,12 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
         Command::Show { name } => {
             session.show(&session.client.get::<Store>(&format!("/v1/stores/{name}")).await?)
         }
+        Command::Reopen { name } => session.show(
+            &session
+                .client
+                .post::<Store>(&format!("/v1/stores/{name}/reopen"), &serde_json::json!({}))
+                .await?,
+        ),
         Command::Remove { name } => {
             let done: Done = session.client.delete(&format!("/v1/stores/{name}")).await?;
             session.done(

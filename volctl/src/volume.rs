@@ -109,6 +109,24 @@ fn replicas(replicas: &[Replica]) -> String {
     each.join(", ")
 }
 
+/// The same at length: why, and how long it will take.
+fn replicas_at_length(replicas: &[Replica]) -> String {
+    let each = replicas.iter().map(|r| {
+        let mut text = format!("{} {}", r.store, r.state);
+        if let Some(left) = r.resync_left_bytes {
+            text += &format!(", {} left", size(left));
+        }
+        if let Some(seconds) = r.resync_seconds_left {
+            text += &format!(", about {seconds} s");
+        }
+        match &r.reason {
+            Some(reason) => text + &format!(" ({reason})"),
+            None => text,
+        }
+    });
+    each.collect::<Vec<_>>().join(", ")
+}
+
 impl Row for Volume {
     const COLUMNS: &'static [Column] = &[
         Column::Text("VOLUME"),
@@ -150,7 +168,7 @@ impl Human for Volume {
             ("Reason", self.reason.clone()),
             ("Attached to", self.attached_to.as_ref().map(ToString::to_string)),
             ("Epoch", Some(self.epoch.to_string())),
-            ("Replicas", Some(replicas(&self.replicas))),
+            ("Replicas", Some(replicas_at_length(&self.replicas))),
             ("Healed blocks", unless_zero(self.healed_blocks)),
             ("Healed checksums", unless_zero(self.healed_areas)),
             ("Unverified blocks", unless_zero(self.unverified_blocks)),
@@ -170,6 +188,9 @@ mod tests {
         let replica = |store: &str| Replica {
             store: store.parse().unwrap(),
             state: "in_sync".into(),
+            reason: None,
+            resync_left_bytes: None,
+            resync_seconds_left: None,
         };
         Volume {
             id: VolumeId::NIL,

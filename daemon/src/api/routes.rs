@@ -30,6 +30,7 @@ pub(super) fn router(operations: Arc<Operations>) -> Router {
         .route("/v1/status", get(status))
         .route("/v1/stores", get(store_list).post(store_add))
         .route("/v1/stores/{name}", get(store_show).delete(store_remove))
+        .route("/v1/stores/{name}/reopen", post(store_reopen))
         .route("/v1/customers", get(customer_list).post(customer_create))
         .route("/v1/customers/{customer}", get(customer_show))
         .route("/v1/vms", get(vm_list).post(vm_create))
@@ -102,6 +103,11 @@ async fn status(State(operations): Ops) -> Reply<control::Status> {
 async fn store_add(State(operations): Ops, body: Body) -> Reply<control::Store> {
     let request: control::StoreAdd = parse(body)?;
     run(async move { operations.store_add(request).await }).await
+}
+
+async fn store_reopen(State(operations): Ops, name: One) -> Reply<control::Store> {
+    let name: Name = part(&name?)?;
+    run(async move { operations.store_reopen(&name).await }).await
 }
 
 async fn store_list(State(operations): Ops) -> Reply<List<control::Store>> {

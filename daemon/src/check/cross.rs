@@ -97,11 +97,18 @@ fn check_volume(
         };
         let store = report.name.as_str();
         let Some(here) = report.volumes.get(&volume.id) else {
-            findings.push(Finding::damage(format!(
-                "volume {path}: store {store:?} does not hold it"
-            )));
+            let text = format!("volume {path}: store {store:?} does not hold it");
+            findings.push(match replica.state {
+                Member::InSync => Finding::damage(text),
+                Member::Stale | Member::Resyncing | Member::Vacant => Finding::note(text),
+            });
             continue;
         };
+        if replica.state != Member::InSync {
+            findings.push(Finding::note(format!(
+                "volume {path}: its replica on store {store:?} is out of sync; it catches up when vold runs"
+            )));
+        }
         findings.extend(
             contradictions(volume, replica.state, here)
                 .into_iter()
@@ -122,7 +129,8 @@ fn contradictions(volume: &VolumeRecord, state: Member, here: &VolumeReport) -> 
     if here.dataset != volume.dataset {
         what.push("its dataset is another than the catalog's");
     }
-    if here.in_sync != (state == Member::InSync) {
+    // A replica that was out when the membership changed does not know of it.
+    if here.membership_epoch >= volume.membership_epoch && here.in_sync != (state == Member::InSync) {
         what.push("store and catalog disagree whether the replica is in sync");
     }
     if let Some(slot) = &here.slot {
@@ -270,6 +278,7 @@ mod tests {
                         size_bytes: 8192,
                         slot: Some(slot.clone()),
                         in_sync: true,
+                        membership_epoch: Epoch(1),
                         extents: BTreeMap::new(),
                         dirty: Vec::new(),
                     },

@@ -11,6 +11,7 @@ mod customer;
 mod destroy;
 mod locks;
 mod place;
+mod replicas;
 mod signature;
 mod start;
 mod status;
@@ -46,13 +47,15 @@ enum Seat {
 /// The daemon's state and everything it can be asked to do.
 pub(crate) struct Operations {
     dirs: DataDir,
-    catalog: Catalog,
+    catalog: Arc<Catalog>,
     keys: Arc<dyn KeyService>,
     shards: Shards,
     stores: RwLock<HashMap<StoreId, Seat>>,
     /// Why volumes that should be open are not.
     failures: Mutex<HashMap<VolumeId, String>>,
     volume_locks: Locks<VolumeId>,
+    /// When replicas out of sync are tried again.
+    retries: replicas::Retries,
     /// Held over adding and removing stores.
     stores_lock: tokio::sync::Mutex<()>,
     /// A store has latched as faulty: wakes whoever writes that down.
@@ -135,7 +138,7 @@ impl Operations {
     /// The open stores of all of a volume's replicas, in its order.
     ///
     /// # Errors
-    /// `Unavailable` with the first that is away: until replicas can be dropped and resynced, nothing is guessed.
+    /// `Unavailable` with the first that is away.
     fn replica_stores(&self, volume: &VolumeRecord) -> Result<Vec<StoreHandle>> {
         volume
             .replicas

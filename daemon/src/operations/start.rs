@@ -45,12 +45,13 @@ impl Operations {
     ) -> Result<Arc<Self>> {
         let operations = Arc::new(Self {
             dirs,
-            catalog,
+            catalog: Arc::new(catalog),
             keys,
             shards: Shards::start(shard_count, engine)?,
             stores: RwLock::default(),
             failures: Mutex::new(HashMap::new()),
             volume_locks: Locks::default(),
+            retries: super::replicas::Retries::default(),
             stores_lock: tokio::sync::Mutex::default(),
             faults: Arc::default(),
             background: Mutex::new(JoinSet::new()),
@@ -60,6 +61,7 @@ impl Operations {
         operations.take_up_volumes().await?;
         operations.resume_destroys()?;
         operations.watch_faults();
+        operations.watch_replicas();
         Ok(operations)
     }
 
@@ -149,7 +151,7 @@ impl Operations {
     /// Whether a crash left write-intent marks.
     async fn is_dirty(&self, record: &VolumeRecord) -> Result<bool> {
         let dataset = record.dataset;
-        for handle in self.replica_stores(record)? {
+        for (_, handle) in self.stores_at_hand(record) {
             if handle.space().dirty == 0 {
                 continue;
             }
@@ -172,7 +174,7 @@ impl Operations {
     }
 
     /// Waits for an open volume's recovery, then closes it unless somebody has use for it by then.
-    fn recover_in_background(self: &Arc<Self>, record: VolumeRecord) {
+    pub(super) fn recover_in_background(self: &Arc<Self>, record: VolumeRecord) {
         tracing::info!(volume = %record.path, "was not closed cleanly; recovering");
         let operations = self.clone();
         self.in_background(async move {
@@ -180,7 +182,7 @@ impl Operations {
             loop {
                 match operations.report(id).await {
                     Ok(Some(report)) if report.served => return,
-                    Ok(Some(report)) if report.failure.is_none() && report.stats.recovering_extents > 0 => {
+                    Ok(Some(report)) if report.failure.is_none() && report.is_busy() => {
                         tokio::time::sleep(RECOVERY_POLL).await;
                     }
                     Ok(Some(_)) => break,

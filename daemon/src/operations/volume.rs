@@ -23,9 +23,10 @@ use libvol::store::{self, Change, Member, StoreHandle, VolumeSlot};
 use libvol::{Error, Kind, Result};
 
 use super::place::{Candidate, place};
+use super::replicas::CatalogRegister;
 use super::{Operations, Seat, customer_named, volume_named};
 use crate::process::unix_seconds;
-use crate::shard::OpenSpec;
+use crate::shard::{OpenReplica, OpenSpec};
 
 /// Version of a new volume's first data key.
 const FIRST_KEY: KeyVersion = KeyVersion(1);
@@ -227,7 +228,7 @@ impl Operations {
     /// Makes a size durable on all stores and in the catalog, then known to the open volume.
     pub(super) async fn set_size(&self, record: &VolumeRecord, size: u64) -> Result<()> {
         let id = record.id;
-        for handle in self.replica_stores(record)? {
+        for (_, handle) in self.stores_at_hand(record) {
             let grown = Change::SetSize {
                 volume: id,
                 size_bytes: size,
@@ -265,8 +266,19 @@ impl Operations {
     }
 
     async fn try_open_volume(&self, record: &VolumeRecord) -> Result<()> {
-        let stores = self.replica_stores(record)?;
-        let slot = self.slot(record, &stores).await?;
+        let in_sync = |replica: &ReplicaRecord| replica.state == Member::InSync;
+        if let Some(away) = record.replicas.iter().find(|replica| in_sync(replica))
+            && !self
+                .stores_at_hand(record)
+                .iter()
+                .any(|(replica, _)| in_sync(replica))
+        {
+            // Says which, and why.
+            let record = self.look(|view| view.get::<StoreRecord>(away.store))?;
+            let record = record.ok_or_else(|| Error::internal("a replica's store is not in the catalog"))?;
+            self.open_store(&record)?;
+        }
+        let slot = self.slot(record).await?;
         let (key_version, wrapped) = slot
             .keys
             .iter()
@@ -281,6 +293,17 @@ impl Operations {
             .unwrap_data_key(wrapped, context)
             .await
             .map_err(|e| e.context(format!("volume {}", record.path)))?;
+        let at_hand = self.stores_at_hand(record);
+        let replicas = record.replicas.iter().map(|replica| OpenReplica {
+            store: replica.store,
+            name: self.store_name(replica.store).to_string(),
+            handle: at_hand
+                .iter()
+                .find_map(|(other, handle)| (other.store == replica.store).then(|| handle.clone())),
+            state: replica.state,
+            full_copy: replica.full_copy,
+            reason: replica.reason.clone(),
+        });
         let spec = OpenSpec {
             id: record.id,
             label: record.path.to_string(),
@@ -288,7 +311,12 @@ impl Operations {
             size_bytes: record.size_bytes,
             key,
             key_version: *key_version,
-            stores,
+            replicas: replicas.collect(),
+            membership_epoch: record.membership_epoch,
+            register: Arc::new(CatalogRegister {
+                catalog: self.catalog.clone(),
+                runtime: tokio::runtime::Handle::current(),
+            }),
         };
         self.shards
             .of_volume(record.id)
@@ -296,10 +324,14 @@ impl Operations {
             .await
     }
 
-    /// The volume's slot, from the first store that can read it, checked against the catalog.
-    async fn slot(&self, record: &VolumeRecord, stores: &[StoreHandle]) -> Result<VolumeSlot> {
+    /// The volume's slot, from the first store with a replica in sync that can read it, checked against the catalog.
+    pub(super) async fn slot(&self, record: &VolumeRecord) -> Result<VolumeSlot> {
         let mut last = None;
-        for handle in stores {
+        let stores = self.stores_at_hand(record);
+        for (_, handle) in stores
+            .iter()
+            .filter(|(replica, _)| replica.state == Member::InSync)
+        {
             match self.state_on(handle, record.id).await {
                 Ok(store::VolumeState::Live(_, slot)) => {
                     if slot.customer != record.customer || slot.dataset != record.dataset {
@@ -331,7 +363,12 @@ impl Operations {
                 Err(e) => return Err(e),
             }
         }
-        Err(last.unwrap_or_else(|| Error::internal(format!("volume {} has no replicas", record.path))))
+        Err(last.unwrap_or_else(|| {
+            Error::unavailable(format!(
+                "volume {}: no store with a replica in sync is in use",
+                record.path
+            ))
+        }))
     }
 
     /// Where a volume stands on a store.
@@ -365,27 +402,23 @@ impl Operations {
         let mut replicas = Vec::with_capacity(record.replicas.len());
         let mut away = None;
         let mut first_open = None;
-        for (replica, store) in record.replicas.iter().zip(stores) {
+        let mut serves = false;
+        for (place, store) in stores.into_iter().enumerate() {
             let Some(store) = store else { continue };
-            let state = match self.open_store(&store) {
+            let in_sync = record.replicas[place].state == Member::InSync;
+            match self.open_store(&store) {
                 Ok(handle) => {
+                    serves |= in_sync;
                     first_open.get_or_insert((handle, store.extent_bytes));
-                    match replica.state {
-                        Member::InSync => "in_sync",
-                        Member::Stale => "stale",
-                        Member::Resyncing => "resyncing",
-                    }
                 }
-                Err(e) => {
+                Err(e) if in_sync => {
                     away.get_or_insert(e.to_string());
-                    "away"
                 }
-            };
-            replicas.push(control::Replica {
-                store: store.name,
-                state: state.into(),
-            });
+                Err(_) => {}
+            }
+            replicas.push(self.replica_shown(&record, place, &store, report.as_ref()));
         }
+        let away = away.filter(|_| !serves);
         let failure = report.as_ref().and_then(|r| r.failure.clone());
         let reason = failure.or(away).or_else(|| self.failure(record.id));
         let state = match record.phase {
@@ -430,7 +463,7 @@ impl Operations {
     /// Stores' larger sizes, of a resize that a crash interrupted, are carried on to all. Run at start.
     pub(super) async fn settle_size(&self, record: &VolumeRecord) -> Result<VolumeRecord> {
         let mut sizes = Vec::new();
-        for handle in self.replica_stores(record)? {
+        for (_, handle) in self.stores_at_hand(record) {
             if let store::VolumeState::Live(facts, _) = self.state_on(&handle, record.id).await? {
                 sizes.push(facts.size_bytes);
             }

@@ -5,12 +5,13 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use libvol::crypto::seal::Sealer;
 use libvol::ids::{DatasetId, Epoch, KeyVersion, StoreId, VolumeId};
 use libvol::secret::Secret;
-use libvol::store::{StoreHandle, StoreIo};
-use libvol::volume::{Volume, VolumeSpec, VolumeStats};
+use libvol::store::{Member, StoreHandle, StoreIo};
+use libvol::volume::{Register, ReplicaSpec, ReplicaStatus, Volume, VolumeSpec, VolumeStats};
 use libvol::{Error, Result};
 
 use super::door::{Door, DoorSpec, Manner};
@@ -29,8 +30,28 @@ pub(crate) struct OpenSpec {
     pub(crate) key: Secret<64>,
     /// Its version.
     pub(crate) key_version: KeyVersion,
-    /// The replicas' stores.
-    pub(crate) stores: Vec<StoreHandle>,
+    /// Its replicas, in the order of the slot.
+    pub(crate) replicas: Vec<OpenReplica>,
+    /// Membership epoch.
+    pub(crate) membership_epoch: Epoch,
+    /// Where the membership is written down.
+    pub(crate) register: Arc<dyn Register + Send + Sync>,
+}
+
+/// One replica of a volume that is opened.
+pub(crate) struct OpenReplica {
+    /// Its store.
+    pub(crate) store: StoreId,
+    /// The store's name.
+    pub(crate) name: String,
+    /// The store, unless it is away.
+    pub(crate) handle: Option<StoreHandle>,
+    /// Its state.
+    pub(crate) state: Member,
+    /// Nothing it holds can be relied on.
+    pub(crate) full_copy: bool,
+    /// Why it is not in sync.
+    pub(crate) reason: Option<String>,
 }
 
 /// An open volume's state for people.
@@ -38,12 +59,22 @@ pub(crate) struct OpenSpec {
 pub(crate) struct Report {
     /// Counters.
     pub(crate) stats: VolumeStats,
+    /// Its replicas, in the order of the slot.
+    pub(crate) replicas: Vec<ReplicaStatus>,
     /// Why it has stopped.
     pub(crate) failure: Option<String>,
     /// Live connections.
     pub(crate) connections: usize,
     /// Whether it has a door: an attachment is served.
     pub(crate) served: bool,
+}
+
+impl Report {
+    /// Whether it still recovers, or a replica catches up.
+    pub(crate) fn is_busy(&self) -> bool {
+        let catches_up = |replica: &ReplicaStatus| replica.state == Member::Resyncing;
+        self.stats.recovering_extents > 0 || self.replicas.iter().any(catches_up)
+    }
 }
 
 /// Stores and volumes of one shard.
@@ -69,10 +100,20 @@ impl Registry {
         if self.volumes.borrow().contains_key(&spec.id) {
             return Ok(());
         }
+        let replica = |replica: OpenReplica| {
+            Ok(ReplicaSpec {
+                io: replica.handle.map(|handle| self.store_io(&handle)).transpose()?,
+                store: replica.store,
+                name: replica.name,
+                state: replica.state,
+                full_copy: replica.full_copy,
+                reason: replica.reason,
+            })
+        };
         let replicas = spec
-            .stores
-            .iter()
-            .map(|store| self.store_io(store))
+            .replicas
+            .into_iter()
+            .map(replica)
             .collect::<Result<Vec<_>>>()?;
         let sealer = Sealer::new(spec.dataset, &spec.key)?;
         // From here on the key lives in the cipher's schedule only.
@@ -85,6 +126,8 @@ impl Registry {
             sealer,
             key_version: spec.key_version,
             replicas,
+            membership_epoch: spec.membership_epoch,
+            register: Rc::new(spec.register),
         })
         .await?;
         let entry = Entry {
@@ -157,12 +200,49 @@ impl Registry {
         }
     }
 
+    /// Lets a stale replica of an open volume catch up.
+    ///
+    /// # Errors
+    /// As [`Volume::rejoin`].
+    pub(crate) async fn rejoin(
+        &self,
+        id: VolumeId,
+        place: usize,
+        handle: &StoreHandle,
+        full_copy: bool,
+    ) -> Result<()> {
+        let Some(volume) = self.volume(id) else {
+            return Ok(());
+        };
+        volume.rejoin(place, self.store_io(handle)?, full_copy).await
+    }
+
+    /// An open volume lets go of a replica's store, which has failed.
+    ///
+    /// # Errors
+    /// As [`Volume::let_go`].
+    pub(crate) async fn let_go(&self, id: VolumeId, place: usize) -> Result<()> {
+        let Some(volume) = self.volume(id) else {
+            return Ok(());
+        };
+        if volume.let_go(place).await.is_err() {
+            // Nobody has needed the replica since its store failed: whoever flushes finds out.
+            volume.flush().await?;
+        }
+        volume.let_go(place).await
+    }
+
+    fn volume(&self, id: VolumeId) -> Option<Rc<Volume>> {
+        self.volumes.borrow().get(&id).map(|entry| entry.volume.clone())
+    }
+
     /// How an open volume fares; `None` when it is not open.
     pub(crate) fn report(&self, id: VolumeId) -> Option<Report> {
         let volumes = self.volumes.borrow();
         let entry = volumes.get(&id)?;
         Some(Report {
             stats: entry.volume.stats(),
+            replicas: entry.volume.replicas(),
             failure: entry.volume.failure(),
             connections: entry.door.as_ref().map_or(0, |door| door.connections()),
             served: entry.door.is_some(),

@@ -18,7 +18,7 @@ use super::{Expect, Member, SumAreaRead, VolumeSlot, sums};
 use crate::crypto::seal::{HOLE, verify_block};
 use crate::disk::{Disk, DiskFile};
 use crate::error::{Error, Kind, Result};
-use crate::ids::{BlockIndex, DatasetId, ExtentIndex, Name, PhysicalExtent, StoreId, VolumeId};
+use crate::ids::{BlockIndex, DatasetId, Epoch, ExtentIndex, Name, PhysicalExtent, StoreId, VolumeId};
 use crate::limits::BLOCK_SIZE;
 
 /// Extents read at a time: enough to keep a device busy, few enough to bound memory (a span each).
@@ -95,6 +95,8 @@ pub struct VolumeReport {
     pub slot: Option<VolumeSlot>,
     /// Whether this store's record says that its replica is in sync.
     pub in_sync: bool,
+    /// Membership epoch of this store's record.
+    pub membership_epoch: Epoch,
     /// Its extents that are settled (not dirty).
     pub extents: BTreeMap<ExtentIndex, ExtentReport>,
     /// Its extents that the next open reconciles.
@@ -171,6 +173,7 @@ pub async fn check(file: &DiskFile, expect: Expect, scope: CheckScope) -> Result
         let volume = VolumeReport {
             dataset: entry.dataset,
             size_bytes: entry.record.size_bytes,
+            membership_epoch: entry.record.membership_epoch,
             in_sync: here
                 .and_then(|i| entry.record.members.get(i))
                 .is_none_or(|m| *m == Member::InSync),
@@ -341,8 +344,9 @@ async fn check_extent(
     (findings, Some(sums))
 }
 
-/// Holds the replicas of every volume to each other: settled extents of in-sync replicas must hold the same bytes.
-/// `stores` are files with their reports.
+/// Holds the replicas of every volume to each other: settled extents of in-sync replicas must hold the same bytes. Of two
+/// stores that disagree about the membership, the one with the higher epoch is believed. `stores` are files with their
+/// reports.
 ///
 /// # Errors
 /// When a file cannot be attached to the engine.
@@ -352,9 +356,13 @@ pub async fn compare_replicas(stores: &[(&DiskFile, &CheckReport)]) -> Result<Ve
         .map(|(file, _)| Disk::attach(file))
         .collect::<Result<_>>()?;
     let mut replicas: BTreeMap<VolumeId, Vec<usize>> = BTreeMap::new();
+    let newest = |id: &VolumeId| {
+        let reports = stores.iter().filter_map(|(_, report)| report.volumes.get(id));
+        reports.map(|volume| volume.membership_epoch).max()
+    };
     for (index, (_, report)) in stores.iter().enumerate() {
         for (id, volume) in &report.volumes {
-            if volume.in_sync {
+            if volume.in_sync && Some(volume.membership_epoch) == newest(id) {
                 replicas.entry(*id).or_default().push(index);
             }
         }

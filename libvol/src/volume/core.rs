@@ -169,7 +169,7 @@ impl Core {
                 at_hand[0].handle().info().name,
             )));
         }
-        let seats = [const { () }; VOLUME_PLACES_MAX].map(|()| Seat::vacant());
+        let seats: [Seat; VOLUME_PLACES_MAX] = std::array::from_fn(|_| Seat::vacant());
         let mut dropping = 0;
         for (seat, replica) in seats.iter().zip(&spec.replicas) {
             let role = match (replica.state, &replica.io) {

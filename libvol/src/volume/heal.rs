@@ -115,7 +115,7 @@ impl Core {
                 result.map(|()| back)
             })
             .await;
-        let store = &*seat.name.borrow();
+        let store = seat.name.borrow().clone();
         match rewritten {
             Err(error) => return self.drop_replica(replica, error).await,
             Ok(back) if verify_block(self.dataset, number, &back, sum) => {

@@ -3,6 +3,8 @@
 //! It changes by compare-and-swap on its epoch, in the [`Register`] first, then in every store that stays in sync. A
 //! volume has one owner at a time; the epoch fences off an earlier one.
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 
 use crate::error::Result;
@@ -37,4 +39,12 @@ pub trait Register {
     /// # Errors
     /// `Busy` when the epoch there is another; `Io`, and then nobody knows which of the two is there.
     async fn swap(&self, volume: VolumeId, from: Epoch, to: &Membership) -> Result<()>;
+}
+
+/// One that volumes on several threads share.
+#[async_trait(?Send)]
+impl Register for Arc<dyn Register + Send + Sync> {
+    async fn swap(&self, volume: VolumeId, from: Epoch, to: &Membership) -> Result<()> {
+        (**self).swap(volume, from, to).await
+    }
 }

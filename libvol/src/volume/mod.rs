@@ -119,6 +119,8 @@ pub struct ReplicaStatus {
     pub missed_extents: u64,
     /// Bytes written to it since it began to catch up.
     pub copied_bytes: u64,
+    /// Seconds until it has caught up, at the rate so far.
+    pub seconds_left: Option<u64>,
 }
 
 /// A piece of read data.
@@ -336,6 +338,7 @@ impl Volume {
             reason: seat.reason.borrow().clone(),
             missed_extents: seat.missed.borrow().len() as u64,
             copied_bytes: seat.copied_bytes.get(),
+            seconds_left: seat.seconds_left(),
         };
         seats.iter().map(status).collect()
     }

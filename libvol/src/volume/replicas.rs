@@ -61,6 +61,8 @@ pub(super) struct Seat {
     pub(super) reads_in_flight: Cell<u32>,
     /// Bytes written to it to catch up, since it began to join.
     pub(super) copied_bytes: Cell<u64>,
+    /// Joining: since when, and the extents it has caught up with since.
+    pub(super) joined: Cell<Option<(std::time::Duration, u64)>>,
     /// A request of it did not end in time; all others are given up with it.
     gave_up: Cell<bool>,
     requests: RefCell<Slab<Request>>,
@@ -89,6 +91,7 @@ impl Seat {
             places: RefCell::default(),
             reads_in_flight: Cell::new(0),
             copied_bytes: Cell::new(0),
+            joined: Cell::new(None),
             gave_up: Cell::new(false),
             requests: RefCell::default(),
             idle: Notify::default(),
@@ -158,6 +161,14 @@ impl Seat {
                 .latch_fault("a request did not end in time; it may still land");
         }
         self.give_up();
+    }
+
+    /// Seconds until it has caught up, at the rate so far; `None` while nothing can be said.
+    pub(super) fn seconds_left(&self) -> Option<u64> {
+        let (started, done) = self.joined.get()?;
+        let elapsed = crate::runtime::now().saturating_sub(started).as_secs_f64();
+        let left = self.missed.borrow().len() as f64;
+        (done > 0 && self.role.get() == Role::Joining).then(|| (elapsed * left / done as f64).ceil() as u64)
     }
 
     /// Whether none of its requests is in flight. (Those given up are not known here: their store is latched.)

@@ -146,6 +146,7 @@ impl Core {
         // What is left is of extents that are absent: they went between the look and now. Released at the end.
         places.extend(here.into_values().map(|entry| (entry.logical.0, entry.physical)));
         seat.copied_bytes.set(0);
+        seat.joined.set(Some((now(), 0)));
         seat.role.set(Role::Joining);
     }
 
@@ -253,6 +254,8 @@ impl Core {
         extent.last_write.set(self.tick.get());
         seat.places.borrow_mut().remove(&index);
         seat.missed.borrow_mut().caught_up(index);
+        seat.joined
+            .set(seat.joined.get().map(|(since, done)| (since, done + 1)));
         Ok(())
     }
 

@@ -455,7 +455,7 @@ async fn trouble(volume: Rc<Volume>, stores: Stores, weak: usize, mut rng: Rng) 
                 2 => matches!(call, Call::Write { .. }),
                 _ => !is_data_write(call) || matches!(call, Call::Read { .. }),
             };
-            hit && count.get() % every == 0
+            hit && u64::is_multiple_of(count.get(), every)
         });
         sleep(Duration::from_micros(rng.below(20_000))).await;
         stores.driver.set_fault(None);

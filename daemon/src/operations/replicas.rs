@@ -1,0 +1,415 @@
+//! Replicas that are out of sync: their membership in the catalog, and their way back.
+//!
+//! The catalog is the register of every volume's membership. A volume changes it while it is open
+//! ([`libvol::volume`]'s rules); nobody else does.
+//!
+//! Way back: a store that could not be opened is tried again and again, unless it is latched faulty (that takes an
+//! operator: [`Operations::store_reopen`]); a stale replica whose store is in use joins its volume. A volume that nobody
+//! has attached is opened for that, and closed when it has caught up.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use libvol::catalog::{Catalog, Phase, ReplicaRecord, StoreRecord, VolumeRecord};
+use libvol::control;
+use libvol::ids::{Epoch, Name, VolumeId};
+use libvol::limits::STORE_LOCK_WAIT;
+use libvol::store::{self, Member, StoreHandle};
+use libvol::volume::{Membership, Register};
+use libvol::{Error, Result};
+use tokio::sync::oneshot;
+
+use super::{Operations, Seat, store_named};
+
+/// How often replicas that are out are looked at.
+const LOOK: Duration = Duration::from_millis(500);
+/// A replica that failed again is tried again after this, then after twice that, and so on.
+const BACKOFF_MIN: Duration = Duration::from_secs(1);
+const BACKOFF_MAX: Duration = Duration::from_secs(300);
+
+/// The catalog, as volumes on any thread write their membership to it.
+pub(super) struct CatalogRegister {
+    pub(super) catalog: Arc<Catalog>,
+    /// Where the commit waits for the disk.
+    pub(super) runtime: tokio::runtime::Handle,
+}
+
+#[async_trait(?Send)]
+impl Register for CatalogRegister {
+    async fn swap(&self, volume: VolumeId, from: Epoch, to: &Membership) -> Result<()> {
+        let (catalog, to) = (self.catalog.clone(), to.clone());
+        let (done, written) = oneshot::channel();
+        self.runtime.spawn_blocking(move || {
+            let _ = done.send(catalog.write(|tx| {
+                let mut record = tx
+                    .get::<VolumeRecord>(volume)?
+                    .ok_or_else(|| Error::internal(format!("volume {volume} is gone from the catalog")))?;
+                if record.membership_epoch != from || record.replicas.len() != to.members.len() {
+                    return Err(Error::busy(format!(
+                        "volume {}: its membership is of epoch {}, not {from}",
+                        record.path, record.membership_epoch
+                    )));
+                }
+                record.membership_epoch = to.epoch;
+                for (replica, standing) in record.replicas.iter_mut().zip(&to.members) {
+                    replica.state = standing.state;
+                    replica.reason.clone_from(&standing.reason);
+                    replica.full_copy = standing.full_copy;
+                }
+                tx.update(&record)
+            }));
+        });
+        written
+            .await
+            .unwrap_or_else(|_| Err(Error::unavailable("the control plane is shutting down")))
+    }
+}
+
+/// When a replica is tried again.
+#[derive(Default)]
+pub(super) struct Retries(Mutex<HashMap<(VolumeId, usize), (Instant, Duration)>>);
+
+impl Retries {
+    fn is_due(&self, replica: (VolumeId, usize)) -> bool {
+        let retries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        retries.get(&replica).is_none_or(|(at, _)| *at <= Instant::now())
+    }
+
+    /// It has been tried.
+    fn tried(&self, replica: (VolumeId, usize)) {
+        let mut retries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let pause = retries
+            .get(&replica)
+            .map_or(BACKOFF_MIN, |(_, pause)| (*pause * 2).min(BACKOFF_MAX));
+        retries.insert(replica, (Instant::now() + pause, pause));
+    }
+
+    /// It is in sync, or its store is a new one.
+    fn forget(&self, which: impl Fn(&(VolumeId, usize)) -> bool) {
+        let mut retries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        retries.retain(|replica, _| !which(replica));
+    }
+}
+
+impl Operations {
+    /// The background task that brings stores and replicas back.
+    pub(super) fn watch_replicas(self: &Arc<Self>) {
+        let operations = self.clone();
+        self.in_background(async move {
+            let mut looks = 0u32;
+            loop {
+                tokio::time::sleep(LOOK).await;
+                looks = looks.wrapping_add(1);
+                if looks.is_multiple_of(8) {
+                    operations.open_absent_stores().await;
+                }
+                if let Err(e) = operations.bring_replicas_back().await {
+                    tracing::error!("replicas that are out of sync cannot be looked at: {e}");
+                }
+            }
+        });
+    }
+
+    /// Tries stores that are in the catalog and not in use, unless they are latched faulty.
+    async fn open_absent_stores(&self) {
+        let Ok(records) = self.look(|view| view.all::<StoreRecord>()) else {
+            return;
+        };
+        for record in records.into_iter().filter(|record| record.fault.is_none()) {
+            if !matches!(self.seat(record.id), Seat::Closed(_)) || !record.path.exists() {
+                continue;
+            }
+            let _lock = self.stores_lock.lock().await;
+            match self.open_recorded(&record, Duration::ZERO).await {
+                Ok(handle) => {
+                    tracing::info!(store = %record.name, "back in use");
+                    self.set_seat(record.id, Seat::Open(handle));
+                }
+                // Logged when it was found out of use; why may have changed.
+                Err(e) => self.set_seat(record.id, Seat::Closed(e.to_string())),
+            }
+        }
+    }
+
+    async fn bring_replicas_back(self: &Arc<Self>) -> Result<()> {
+        let records = self.look(|view| view.all::<VolumeRecord>())?;
+        let out = |replica: &ReplicaRecord| !matches!(replica.state, Member::InSync | Member::Vacant);
+        self.retries.forget(|(id, place)| {
+            let record = records.iter().find(|record| record.id == *id);
+            record.is_none_or(|record| record.replicas.get(*place).is_none_or(|replica| !out(replica)))
+        });
+        for record in records {
+            if record.phase != Phase::Ready || !record.replicas.iter().any(out) {
+                continue;
+            }
+            let due = record.replicas.iter().enumerate().any(|(place, replica)| {
+                out(replica) && self.is_open(replica.store) && self.retries.is_due((record.id, place))
+            });
+            if !due {
+                continue;
+            }
+            let _lock = self.volume_locks.lock(record.id).await;
+            let Some(record) = self.look(|view| view.get::<VolumeRecord>(record.id))? else {
+                continue;
+            };
+            if record.phase != Phase::Ready {
+                continue;
+            }
+            if self.report(record.id).await?.is_none() {
+                if let Err(e) = self.open_volume(&record).await {
+                    tracing::warn!(volume = %record.path, "cannot be opened to bring a replica back: {e}");
+                    record
+                        .replicas
+                        .iter()
+                        .enumerate()
+                        .for_each(|(place, _)| self.retries.tried((record.id, place)));
+                    continue;
+                }
+                self.recover_in_background(record.clone());
+            }
+            for place in 0..record.replicas.len() {
+                if let Err(e) = self.bring_back(&record, place).await {
+                    tracing::warn!(volume = %record.path, place, "a replica stays out of sync: {e}");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets one replica join, if it is stale and its store in use. The volume is open, its lock held.
+    async fn bring_back(&self, record: &VolumeRecord, place: usize) -> Result<()> {
+        let id = record.id;
+        let stale = |report: &crate::shard::Report| report.replicas[place].state == Member::Stale;
+        if !self.report(id).await?.as_ref().is_some_and(stale) || !self.retries.is_due((id, place)) {
+            return Ok(());
+        }
+        let Seat::Open(handle) = self.seat(record.replicas[place].store) else {
+            return Ok(());
+        };
+        if handle.fault().is_some() {
+            return Ok(());
+        }
+        self.retries.tried((id, place));
+        let full_copy = match self.state_on(&handle, id).await? {
+            store::VolumeState::Live(..) => record.replicas[place].full_copy,
+            store::VolumeState::Unknown => {
+                self.put_replica_on(record, &handle).await?;
+                true
+            }
+            store::VolumeState::Tombstoned { .. } => {
+                return Err(Error::refused(format!(
+                    "store {:?} has destroyed it; use another store",
+                    handle.info().name.as_str()
+                )));
+            }
+        };
+        self.shards
+            .of_volume(id)
+            .call(move |registry| async move { registry.rejoin(id, place, &handle, full_copy).await })
+            .await
+    }
+
+    /// A volume's slot on a store that does not know it: the keys as the other replicas have them.
+    async fn put_replica_on(&self, record: &VolumeRecord, handle: &StoreHandle) -> Result<()> {
+        let slot = self.slot(record).await?;
+        let facts = store::VolumeRecord {
+            volume: record.id,
+            size_bytes: record.size_bytes,
+            // The others' is higher: alone, this one is never believed.
+            membership_epoch: Epoch(0),
+            members: vec![Member::Stale; record.replicas.len()],
+        };
+        let store = handle.clone();
+        self.shards
+            .of_store(handle.info().id)
+            .call(move |_| async move { store.add_volume(slot, facts).await })
+            .await
+    }
+
+    /// An operator's word that a faulty store may be used again: it is closed, opened anew, and its replicas catch up.
+    ///
+    /// # Errors
+    /// `NotFound`; `Busy` when it holds the last replica in sync of an open volume; as opening it, and then it is offline.
+    pub(crate) async fn store_reopen(&self, name: &Name) -> Result<control::Store> {
+        let _lock = self.stores_lock.lock().await;
+        let record = self.look(|view| store_named(view, name))?;
+        if let Seat::Open(handle) = self.seat(record.id) {
+            if handle.fault().is_none() && record.fault.is_none() {
+                return Err(Error::invalid(format!(
+                    "store {:?} is in use and not faulty; there is nothing to reopen",
+                    name.as_str()
+                )));
+            }
+            self.let_go_of(&record).await?;
+            self.close_store(&handle).await;
+            self.set_seat(record.id, Seat::Closed("being opened anew".into()));
+        }
+        let cleared = self.change(|tx| {
+            let mut record = store_named(tx, name)?;
+            record.fault = None;
+            tx.update(&record)?;
+            Ok(record)
+        })?;
+        let opened = self.open_recorded(&cleared, STORE_LOCK_WAIT).await;
+        let seat = match &opened {
+            Ok(handle) => Seat::Open(handle.clone()),
+            Err(e) => Seat::Closed(e.to_string()),
+        };
+        self.set_seat(record.id, seat);
+        opened?;
+        self.retries.forget(|_| true);
+        tracing::info!(store = %name, "opened anew, on an operator's word");
+        self.store_show(name)
+    }
+
+    /// Every open volume lets go of the store.
+    async fn let_go_of(&self, store: &StoreRecord) -> Result<()> {
+        for record in self.look(|view| view.all::<VolumeRecord>())? {
+            let Some(place) = record
+                .replicas
+                .iter()
+                .position(|replica| replica.store == store.id)
+            else {
+                continue;
+            };
+            let _lock = self.volume_locks.lock(record.id).await;
+            let id = record.id;
+            self.shards
+                .of_volume(id)
+                .call(move |registry| async move { registry.let_go(id, place).await })
+                .await
+                .map_err(|e| {
+                    Error::busy(format!(
+                        "{e}; it is the last one: detach the volume, or stop vold and use: vold clear-fault --store {}",
+                        store.name
+                    ))
+                })?;
+        }
+        Ok(())
+    }
+
+    /// How a replica stands, for people.
+    pub(super) fn replica_shown(
+        &self,
+        record: &VolumeRecord,
+        place: usize,
+        store: &StoreRecord,
+        report: Option<&crate::shard::Report>,
+    ) -> control::Replica {
+        let replica = &record.replicas[place];
+        let open = self.open_store(store);
+        let status = report.and_then(|report| report.replicas.get(place));
+        let state = match (&open, status.map_or(replica.state, |status| status.state)) {
+            (Err(_), _) => "away",
+            (_, Member::InSync) => "in_sync",
+            (_, Member::Stale) => "stale",
+            (_, Member::Resyncing) => "resyncing",
+            (_, Member::Vacant) => "vacant",
+        };
+        let known = status.and_then(|status| status.reason.clone());
+        let reason = match &open {
+            Err(away) => Some(away.to_string()),
+            Ok(_) => known.or_else(|| replica.reason.clone()),
+        };
+        let left = status.map(|status| status.missed_extents * store.extent_bytes);
+        let resyncs = state == "resyncing";
+        control::Replica {
+            store: store.name.clone(),
+            state: state.into(),
+            reason: reason.filter(|_| state != "in_sync"),
+            resync_left_bytes: left.filter(|_| resyncs),
+            resync_seconds_left: status.filter(|_| resyncs).and_then(|status| status.seconds_left),
+        }
+    }
+
+    /// The stores in use that hold a replica of the volume, with its record.
+    pub(super) fn stores_at_hand(&self, volume: &VolumeRecord) -> Vec<(ReplicaRecord, StoreHandle)> {
+        let replicas = volume
+            .replicas
+            .iter()
+            .filter(|replica| replica.state != Member::Vacant);
+        let at_hand = |replica: &ReplicaRecord| match self.seat(replica.store) {
+            Seat::Open(handle) if handle.fault().is_none() => Some((replica.clone(), handle)),
+            _ => None,
+        };
+        replicas.filter_map(at_hand).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use libvol::ids::{CustomerId, DatasetId, StoreId};
+    use libvol::volume::Standing;
+
+    fn volume() -> VolumeRecord {
+        VolumeRecord {
+            id: VolumeId::random(),
+            path: "acme/web".parse().unwrap(),
+            customer: CustomerId::random(),
+            dataset: DatasetId::random(),
+            size_bytes: 4096,
+            replicas: vec![
+                ReplicaRecord::in_sync(StoreId::random()),
+                ReplicaRecord::in_sync(StoreId::random()),
+            ],
+            membership_epoch: Epoch(1),
+            attachment_epoch: Epoch(0),
+            phase: Phase::Ready,
+            created_unix_seconds: 1,
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_membership_replaces_the_one_of_its_epoch_and_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let catalog = Arc::new(Catalog::open(&dir.path().join("catalog.redb")).unwrap());
+        let record = volume();
+        catalog.write(|tx| tx.insert(&record)).unwrap();
+        let register = CatalogRegister {
+            catalog: catalog.clone(),
+            runtime: tokio::runtime::Handle::current(),
+        };
+        let standing = |state, reason: Option<&str>| Standing {
+            state,
+            reason: reason.map(Into::into),
+            full_copy: false,
+        };
+        let next = Membership {
+            epoch: Epoch(2),
+            members: vec![
+                standing(Member::InSync, None),
+                standing(Member::Stale, Some("gone")),
+            ],
+        };
+        register.swap(record.id, Epoch(1), &next).await.unwrap();
+        let refused = register.swap(record.id, Epoch(1), &next).await.unwrap_err();
+        assert_eq!(refused.kind(), libvol::Kind::Busy);
+        let kept = catalog
+            .read(|view| view.get::<VolumeRecord>(record.id))
+            .unwrap()
+            .unwrap();
+        assert_eq!(kept.membership_epoch, Epoch(2));
+        assert_eq!(kept.replicas[1].state, Member::Stale);
+        assert_eq!(kept.replicas[1].reason.as_deref(), Some("gone"));
+    }
+
+    #[test]
+    fn a_replica_that_fails_again_is_tried_less_and_less_often() {
+        let retries = Retries::default();
+        let replica = (VolumeId::random(), 1);
+        assert!(retries.is_due(replica));
+        let mut pauses = Vec::new();
+        for _ in 0..12 {
+            retries.tried(replica);
+            pauses.push(retries.0.lock().unwrap()[&replica].1);
+            assert!(!retries.is_due(replica));
+        }
+        assert_eq!(pauses[..3], [1, 2, 4].map(Duration::from_secs));
+        assert_eq!(pauses[11], BACKOFF_MAX);
+        retries.forget(|_| true);
+        assert!(retries.is_due(replica));
+    }
+}
