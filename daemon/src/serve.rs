@@ -38,6 +38,8 @@ pub(crate) fn run(args: &Serve) -> Result<()> {
 async fn serve(args: &Serve, config: &Config) -> Result<()> {
     // From here on a signal waits for its turn, so that a stop during the start is a clean one too.
     let mut stop = StopSignal::listen()?;
+    // A limit on file sizes is an error of the store it hits, not the end of all others.
+    let _caught = listen_for(SignalKind::from_raw(SIGXFSZ))?;
     let dirs = DataDir::take(&args.data_dir)?;
     let api_socket = dirs.api_socket();
     let catalog = Catalog::open(&dirs.catalog())?;
@@ -89,6 +91,13 @@ fn start_log(filter: &str) -> Result<()> {
     Ok(())
 }
 
+/// A write beyond RLIMIT_FSIZE; the number on every Linux architecture but MIPS.
+const SIGXFSZ: i32 = 25;
+
+fn listen_for(kind: SignalKind) -> Result<Signal> {
+    signal(kind).map_err(|e| Error::with_source(Kind::Io, "signals cannot be listened for", e))
+}
+
 /// SIGTERM or SIGINT.
 struct StopSignal {
     terminate: Signal,
@@ -97,12 +106,9 @@ struct StopSignal {
 
 impl StopSignal {
     fn listen() -> Result<Self> {
-        let listen = |kind| {
-            signal(kind).map_err(|e| Error::with_source(Kind::Io, "signals cannot be listened for", e))
-        };
         Ok(Self {
-            terminate: listen(SignalKind::terminate())?,
-            interrupt: listen(SignalKind::interrupt())?,
+            terminate: listen_for(SignalKind::terminate())?,
+            interrupt: listen_for(SignalKind::interrupt())?,
         })
     }
 
