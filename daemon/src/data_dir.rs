@@ -115,7 +115,7 @@ impl DataDir {
 }
 
 /// Makes a directory, with that mode if it was missing; an existing one keeps its mode.
-fn make_dir(path: &Path, mode: u32) -> Result<()> {
+pub(crate) fn make_dir(path: &Path, mode: u32) -> Result<()> {
     if path.is_dir() {
         return Ok(());
     }
@@ -131,7 +131,7 @@ fn make_dir(path: &Path, mode: u32) -> Result<()> {
 ///
 /// # Errors
 /// `Refused`, with what to do.
-fn check_own(dir: &Path) -> Result<()> {
+pub(crate) fn check_own(dir: &Path) -> Result<()> {
     let facts = std::fs::metadata(dir).map_err(|e| path_error(dir, "cannot be looked at", e))?;
     match fault(facts.uid(), facts.mode(), own_uid()) {
         Some(fault) => Err(Error::refused(format!("{}: {fault}", dir.display()))),

@@ -19,6 +19,7 @@ use libvol::{Error, Kind, Result};
 
 use super::volume::{check_ready, holder};
 use super::{Operations, vm_named, volume_named};
+use crate::data_dir::{check_own, make_dir};
 use crate::process::{own_uid, path_error};
 use crate::shard::DoorSpec;
 
@@ -284,6 +285,10 @@ impl Operations {
 /// A listening socket at `path`, 0600, owned by `uid`. One that an earlier run left is replaced: the data directory's
 /// lock says that nobody listens there.
 fn bind(path: &Path, uid: u32) -> Result<UnixListener> {
+    if let Some(dir) = path.parent() {
+        make_dir(dir, 0o711)?;
+        check_own(dir)?;
+    }
     remove_socket(path);
     let listener = UnixListener::bind(path).map_err(|e| path_error(path, "the socket cannot be made", e))?;
     let given = std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).and_then(|()| {
