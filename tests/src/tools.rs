@@ -19,6 +19,7 @@ const PACKAGES: [(&str, &str); 14] = [
     ("mount", "mount"),
     ("umount", "mount"),
     ("setpriv", "util-linux"),
+    ("prlimit", "util-linux"),
     ("cmp", "diffutils"),
     ("getconf", "libc-bin"),
 ];
