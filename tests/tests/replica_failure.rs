@@ -35,7 +35,10 @@ fn device_and_file(engine: Engine) -> (Vold, LoopDevice, String) {
 fn limit_files(vold: &Vold, limit: &str) {
     run(
         "prlimit",
-        [format!("--pid={}", vold.pid()), format!("--fsize={limit}:unlimited")],
+        [
+            format!("--pid={}", vold.pid()),
+            format!("--fsize={limit}:unlimited"),
+        ],
     );
 }
 
