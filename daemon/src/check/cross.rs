@@ -104,7 +104,9 @@ fn check_volume(
             });
             continue;
         };
-        if replica.state != Member::InSync {
+        // Unless it claims more, which is damage (below).
+        let knows_better = here.in_sync && here.membership_epoch >= volume.membership_epoch;
+        if replica.state != Member::InSync && !knows_better {
             findings.push(Finding::note(format!(
                 "volume {path}: its replica on store {store:?} is out of sync; it catches up when vold runs"
             )));

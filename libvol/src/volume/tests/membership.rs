@@ -31,8 +31,9 @@ async fn members_on(stores: &Stores, replica: usize) -> (u64, Vec<Member>) {
     }
 }
 
-async fn caught_up(volume: &Volume, place: usize) {
-    while volume.replicas()[place].state != Member::InSync {
+/// Waits until a replica is in sync, durably.
+async fn caught_up(stores: &Stores, volume: &Volume, place: usize) {
+    while stores.register.state(place) != Member::InSync {
         assert_eq!(volume.failure(), None);
         sleep(Duration::from_millis(1)).await;
     }
@@ -232,7 +233,7 @@ fn a_replica_that_comes_back_gets_what_it_missed_and_no_more() {
         let new = pattern(99, 3 * EXTENT_BYTES as usize);
         bytes[..new.len()].copy_from_slice(&new);
         write(&volume, 0, &new).await.unwrap();
-        caught_up(&volume, 1).await;
+        caught_up(&stores, &volume, 1).await;
         let copied = volume.replicas()[1].copied_bytes;
         assert!(
             copied <= missed + missed / 10,
@@ -272,7 +273,7 @@ fn what_was_missed_is_known_after_a_restart_too() {
         let volume = stores.volume(40 * EXTENT_BYTES, EAGER).await;
         assert_eq!(volume.replicas()[1].state, Member::Stale);
         volume.rejoin(1, stores.ios[1].clone(), false).await.unwrap();
-        caught_up(&volume, 1).await;
+        caught_up(&stores, &volume, 1).await;
         assert_eq!(
             volume.replicas()[1].copied_bytes,
             2 * BLOCK,
@@ -298,7 +299,7 @@ fn a_replica_in_sync_that_is_away_at_opening_is_dropped_before_anything_is_serve
         );
         write(&volume, 0, &[7; 100]).await.unwrap();
         volume.rejoin(0, stores.ios[0].clone(), true).await.unwrap();
-        caught_up(&volume, 0).await;
+        caught_up(&stores, &volume, 0).await;
         volume.close().await.unwrap();
         stores.check_equal(true).await;
         let mut spec = stores.spec(EXTENT_BYTES);
@@ -380,7 +381,7 @@ fn run_one(seed: u64) {
                     .rejoin(place, stores.ios[place].clone(), false)
                     .await
                     .unwrap();
-                caught_up(&volume, place).await;
+                caught_up(&stores, &volume, place).await;
             }
         }
         while volume.stats().recovering_extents > 0 {
