@@ -11,6 +11,7 @@ mod customer;
 mod destroy;
 mod locks;
 mod place;
+mod scrub;
 mod signature;
 mod start;
 mod status;
@@ -32,6 +33,7 @@ use tokio::task::JoinSet;
 use crate::data_dir::DataDir;
 use crate::shard::{Report, Shards};
 use locks::Locks;
+pub(crate) use scrub::ScrubSettings;
 
 /// A store of the catalog, as it stands in this process.
 #[derive(Clone)]
@@ -54,6 +56,8 @@ pub(crate) struct Operations {
     volume_locks: Locks<VolumeId>,
     /// Held over adding and removing stores.
     stores_lock: tokio::sync::Mutex<()>,
+    /// Walks all volumes in the background.
+    scrubber: scrub::Scrubber,
     /// Destructions and recoveries under way.
     background: Mutex<JoinSet<()>>,
     started: Instant,

@@ -277,7 +277,11 @@ impl Operations {
         opened
     }
 
-    async fn try_open_volume(&self, record: &VolumeRecord) -> Result<()> {
+    /// The same, but a failure is the caller's to tell of.
+    ///
+    /// # Errors
+    /// As [`Operations::open_volume`].
+    pub(super) async fn try_open_volume(&self, record: &VolumeRecord) -> Result<()> {
         let stores = self.replica_stores(record)?;
         let slot = self.slot(record, &stores).await?;
         let (key_version, wrapped) = slot
