@@ -2,15 +2,20 @@
 //! setting that is silently ignored is worse than a daemon that does not start.
 
 use std::path::Path;
+use std::time::Duration;
 
 use libvol::disk::EngineChoice;
+use libvol::limits::BLOCK;
 use libvol::{Error, Kind, Result};
 use serde::Deserialize;
 
 use crate::args::Serve;
+use crate::operations::ScrubSettings;
 
 /// Data-plane threads a daemon may have; each is one core's worth of work.
 const SHARDS_MAX: u16 = 64;
+/// Longest period of the integrity scrub: what is damaged for a year has lost its good copy, too.
+const SCRUB_DAYS_MAX: u32 = 365;
 
 /// The I/O engine, as people write it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
@@ -42,10 +47,34 @@ struct File {
     io_engine: Option<IoEngine>,
     shards: Option<u16>,
     log: Option<String>,
+    #[serde(default)]
+    scrub: Scrub,
+}
+
+/// The table `[scrub]`: every key is optional.
+#[derive(Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Scrub {
+    pass_days: Option<u32>,
+    bytes_per_second: Option<u64>,
+}
+
+impl Scrub {
+    fn settings(&self) -> ScrubSettings {
+        let days = |days: u32| Duration::from_secs(u64::from(days) * 86_400);
+        ScrubSettings {
+            period: match self.pass_days {
+                None => ScrubSettings::default().period,
+                Some(0) => None,
+                Some(pass) => Some(days(pass)),
+            },
+            bytes_per_second: self.bytes_per_second,
+        }
+    }
 }
 
 /// The file's keys, for the refusal of others. A test holds it to [`File`].
-const KEYS: [&str; 3] = ["io_engine", "shards", "log"];
+const KEYS: [&str; 4] = ["io_engine", "shards", "log", "scrub"];
 
 /// Settings in force.
 #[derive(Debug, PartialEq, Eq)]
@@ -56,6 +85,8 @@ pub(crate) struct Config {
     pub(crate) shards: usize,
     /// Log filter, as `info` or `vold=debug,libvol=info`.
     pub(crate) log: String,
+    /// When and how fast volumes are verified.
+    pub(crate) scrub: ScrubSettings,
 }
 
 impl Config {
@@ -88,6 +119,7 @@ impl Config {
                 .ok()
                 .or(file.log)
                 .unwrap_or_else(|| "info".into()),
+            scrub: file.scrub.settings(),
         })
     }
 }
@@ -113,6 +145,20 @@ fn parse(path: &Path, text: &str) -> Result<File> {
         && !(1..=SHARDS_MAX).contains(&shards)
     {
         return Err(invalid(format!("shards = {shards}; use 1 to {SHARDS_MAX}")));
+    }
+    if let Some(days) = file.scrub.pass_days
+        && days > SCRUB_DAYS_MAX
+    {
+        return Err(invalid(format!(
+            "scrub.pass_days = {days}; use 1 to {SCRUB_DAYS_MAX}, or 0 for none but what is asked for"
+        )));
+    }
+    if let Some(rate) = file.scrub.bytes_per_second
+        && rate < BLOCK
+    {
+        return Err(invalid(format!(
+            "scrub.bytes_per_second = {rate}; use {BLOCK} or more, or pass_days = 0 for none but what is asked for"
+        )));
     }
     Ok(file)
 }
@@ -146,10 +192,16 @@ mod tests {
     fn every_key_is_optional_and_known() {
         let path = Path::new("f");
         assert_eq!(parse(path, "").unwrap(), File::default());
-        let all = "io_engine = \"threads\"\nshards = 3\nlog = \"debug\"\n";
+        let all = "io_engine = \"threads\"\nshards = 3\nlog = \"debug\"\n\
+            [scrub]\npass_days = 7\nbytes_per_second = 5000000\n";
         let file = parse(path, all).unwrap();
         assert_eq!(file.io_engine, Some(IoEngine::Threads));
         assert_eq!((file.shards, file.log.as_deref()), (Some(3), Some("debug")));
+        let scrub = ScrubSettings {
+            period: Some(Duration::from_secs(7 * 86_400)),
+            bytes_per_second: Some(5_000_000),
+        };
+        assert_eq!(file.scrub.settings(), scrub);
         let written: toml::Table = toml::from_str(all).unwrap();
         assert!(
             KEYS.iter().all(|key| written.contains_key(*key)),
@@ -166,6 +218,23 @@ mod tests {
         );
         let line = refusal("[nbd]\nport = 1\n");
         assert!(line.contains("\"nbd\""), "{line}");
+        let line = refusal("[scrub]\ndays = 1\n");
+        assert!(line.contains("line 2") && line.contains("days"), "{line}");
+    }
+
+    #[test]
+    fn the_scrub_takes_14_days_unless_told_otherwise() {
+        let of = |text| parse(Path::new("f"), text).unwrap().scrub.settings();
+        assert_eq!(of(""), ScrubSettings::default());
+        assert_eq!(of("[scrub]\n"), ScrubSettings::default());
+        assert_eq!(of("[scrub]\npass_days = 0\n").period, None);
+        let fixed = of("[scrub]\nbytes_per_second = 4096\n");
+        assert_eq!(fixed.period, ScrubSettings::default().period);
+        assert_eq!(fixed.bytes_per_second, Some(4096));
+        assert!(refusal("[scrub]\npass_days = 366\n").contains("1 to 365"));
+        assert!(refusal("[scrub]\nbytes_per_second = 4095\n").contains("4096 or more"));
+        assert!(refusal("[scrub]\npass_days = -1\n").contains("line 2"));
+        assert!(refusal("scrub = 3\n").contains("line 1"));
     }
 
     #[test]

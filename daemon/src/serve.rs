@@ -48,7 +48,15 @@ async fn serve(args: &Serve, config: &Config) -> Result<()> {
         tracing::warn!("keystore: {finding}");
     }
     let keys: Arc<dyn KeyService> = Arc::new(keys);
-    let operations = Operations::start(dirs, catalog, keys, config.shards, config.io_engine.into()).await?;
+    let operations = Operations::start(
+        dirs,
+        catalog,
+        keys,
+        config.shards,
+        config.io_engine.into(),
+        config.scrub,
+    )
+    .await?;
     let server = api::Server::bind(&api_socket, operations.clone())?;
     announce(&format!(
         "vold {} ready: api {}, {} stores, engine {}",

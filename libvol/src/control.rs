@@ -19,6 +19,8 @@
 //! | `POST /v1/attachments` | [`Attach`] | [`Attachment`] |
 //! | `GET /v1/attachments` | | [`List`] of [`Attachment`] |
 //! | `POST /v1/detach` | [`Detach`] | [`Done`] |
+//! | `POST /v1/scrubs` | [`ScrubStart`] | [`List`] of [`Scrub`] |
+//! | `GET /v1/scrubs` | | [`List`] of [`Scrub`] |
 //! | `GET /v1/destroys`, `GET /v1/destroys/{volume_id}` | | [`List`] of [`Destroy`], [`Destroy`] |
 //!
 //! Errors have a 4xx or 5xx status and the body [`ErrorBody`].
@@ -420,4 +422,59 @@ pub struct Destroy {
     pub started_unix_seconds: u64,
     /// Seconds since 1970.
     pub finished_unix_seconds: Option<u64>,
+}
+
+/// `volctl scrub start`: verify now what is stored.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScrubStart {
+    /// Which volume; absent: all.
+    #[serde(default)]
+    pub volume: Option<VolumePath>,
+    /// Bytes to verify a second at most; absent: as fast as clients leave room for.
+    #[serde(default)]
+    pub bytes_per_second: Option<u64>,
+}
+
+/// What the integrity scrub does with a volume now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScrubState {
+    /// Nothing; the next pass comes when it is due.
+    Idle,
+    /// It is its turn.
+    Running,
+    /// A pass waits for its turn, or to go on.
+    Queued,
+}
+
+/// The integrity scrub of a volume: the pass under way or waiting, else the last one that reached the end.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Scrub {
+    /// Which volume.
+    pub volume: VolumePath,
+    /// What is done with it now.
+    pub state: ScrubState,
+    /// Why a pass does not go on.
+    pub reason: Option<String>,
+    /// Number of this pass, from 1; 0: there was none yet.
+    pub pass: u64,
+    /// Bytes of this pass done, on all replicas together.
+    pub bytes_done: u64,
+    /// Bytes this pass has to do, on all replicas together; 0 before its first turn.
+    pub bytes_total: u64,
+    /// Limit of a pass under way or waiting, in bytes a second; absent: none.
+    pub bytes_per_second: Option<u64>,
+    /// When this pass was asked for or begun, in seconds since 1970.
+    pub started_unix_seconds: Option<u64>,
+    /// When the last pass reached the end, in seconds since 1970.
+    pub last_finished_unix_seconds: Option<u64>,
+    /// Bytes read and verified in this pass.
+    pub verified_bytes: u64,
+    /// Damaged copies of blocks that this pass rewrote from a good one.
+    pub healed_blocks: u64,
+    /// Extents whose damaged checksum area this pass had written anew.
+    pub healed_areas: u64,
+    /// Blocks that this pass found no good copy of.
+    pub lost_blocks: u64,
 }

@@ -4,7 +4,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use crate::client::Api;
-use crate::{attachment, customer, destroy, store, vm, volume};
+use crate::{attachment, customer, destroy, scrub, store, vm, volume};
 
 /// `volctl`: the command line of vold.
 #[derive(Debug, Parser)]
@@ -67,6 +67,9 @@ pub(crate) enum Command {
     /// Attachments: which volume is given to which VM
     #[command(subcommand)]
     Attachment(attachment::Command),
+    /// Integrity scrub: verify everything that is stored, and repair what is damaged
+    #[command(subcommand)]
+    Scrub(scrub::Command),
     /// Destructions of deleted volumes
     #[command(subcommand)]
     Destroy(destroy::Command),
@@ -124,6 +127,11 @@ mod tests {
             "attach acme/web --vm vm1 --via vhost-user",
             "detach acme/web --vm vm1",
             "attachment list",
+            "scrub start",
+            "scrub start acme/web",
+            "scrub start acme/web --rate 100M",
+            "scrub start --rate 1G",
+            "scrub status",
             "destroy list",
             "destroy show 00000000-0000-4000-8000-000000000000",
             "destroy wait 00000000-0000-4000-8000-000000000000",
@@ -158,6 +166,8 @@ mod tests {
             ("vm create vm1 --customer acme --uid root", "invalid digit"),
             ("attach acme/web", "--vm"),
             ("attach acme/web --vm vm1 --via iscsi", "vhost-user"),
+            ("scrub start acme", "CUSTOMER/NAME"),
+            ("scrub start --rate fast", "not a size"),
             ("destroy wait acme/web", "not an id"),
             (
                 "destroy wait 00000000-0000-4000-8000-000000000000 --timeout 5",

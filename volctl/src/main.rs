@@ -5,7 +5,7 @@
 //! | `args` | the command line, checked |
 //! | `client` | HTTP over the daemon's Unix socket |
 //! | `failure`, `units`, `render` | refusals; sizes and times; tables and JSON |
-//! | `store`, `customer`, `vm`, `volume`, `attachment`, `destroy`, `status` | one noun each: its verbs, its table |
+//! | `store`, `customer`, `vm`, `volume`, `attachment`, `scrub`, `destroy`, `status` | one noun each: its verbs, its table |
 //!
 //! Exit status: 0 done, 1 refused or failed (one line on standard error), 2 wrong usage. With `--output json`, standard
 //! output is exactly one JSON document in each of these cases, `{"error":{"code","message"}}` in the last two.
@@ -21,6 +21,7 @@ mod failure;
 #[cfg(test)]
 mod fake;
 mod render;
+mod scrub;
 mod status;
 mod store;
 mod units;
@@ -105,6 +106,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
             Command::Attach(args) => attachment::attach(&session, args).await,
             Command::Detach(args) => attachment::detach(&session, args).await,
             Command::Attachment(command) => attachment::run(&session, command).await,
+            Command::Scrub(command) => scrub::run(&session, command).await,
             Command::Destroy(command) => destroy::run(&session, command).await,
             Command::Status => status::status(&session).await,
             Command::Version => status::version(&session).await,

@@ -184,7 +184,7 @@ fn completions_need_no_daemon_and_name_every_noun() {
         let (status, stdout, stderr) = run("unix:/nonexistent/api.sock", &format!("completions {shell}"));
         assert_eq!((status, stderr.as_str()), (Some(0), ""));
         for noun in [
-            "store", "customer", "vm", "volume", "attach", "detach", "destroy", "status", "version",
+            "store", "customer", "vm", "volume", "attach", "detach", "scrub", "destroy", "status", "version",
         ] {
             assert!(stdout.contains(noun), "{shell}: {noun}");
         }

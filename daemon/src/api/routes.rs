@@ -43,6 +43,7 @@ pub(super) fn router(operations: Arc<Operations>) -> Router {
         .route("/v1/volumes/{customer}/{name}/resize", post(volume_resize))
         .route("/v1/attachments", get(attachment_list).post(attach))
         .route("/v1/detach", post(detach))
+        .route("/v1/scrubs", get(scrub_status).post(scrub_start))
         .route("/v1/destroys", get(destroy_list))
         .route("/v1/destroys/{volume_id}", get(destroy_show))
         .fallback(unknown_path)
@@ -211,6 +212,15 @@ async fn attachment_list(State(operations): Ops) -> Reply<List<control::Attachme
 async fn detach(State(operations): Ops, body: Body) -> Reply<Done> {
     let request: control::Detach = parse(body)?;
     run(async move { operations.detach(request).await.map(|()| Done {}) }).await
+}
+
+async fn scrub_start(State(operations): Ops, body: Body) -> Reply<List<control::Scrub>> {
+    let request: control::ScrubStart = parse(body)?;
+    run(async move { list(operations.scrub_start(&request)) }).await
+}
+
+async fn scrub_status(State(operations): Ops) -> Reply<List<control::Scrub>> {
+    run(async move { list(operations.scrub_status()) }).await
 }
 
 async fn destroy_list(State(operations): Ops) -> Reply<List<control::Destroy>> {

@@ -9,7 +9,9 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use libvol::catalog::{DestroyRecord, DestroyedStore, Phase, StoreRecord, Tombstone, VolumeRecord};
+use libvol::catalog::{
+    DestroyRecord, DestroyedStore, Phase, ScrubRecord, StoreRecord, Tombstone, VolumeRecord,
+};
 use libvol::control::{self, DestroyState, DestroyStep};
 use libvol::destroy::{self, Ledger, Outcome, Part, Reached};
 use libvol::ids::{Name, StoreId, VolumeId, VolumePath};
@@ -59,6 +61,9 @@ impl Operations {
             }
             volume.phase = Phase::Destroying;
             tx.update(&volume)?;
+            if tx.get::<ScrubRecord>(volume.id)?.is_some() {
+                tx.remove::<ScrubRecord>(volume.id)?;
+            }
             tx.insert(&DestroyRecord {
                 volume: volume.id,
                 path: volume.path.clone(),

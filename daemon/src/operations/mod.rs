@@ -12,6 +12,7 @@ mod destroy;
 mod locks;
 mod place;
 mod replicas;
+mod scrub;
 mod signature;
 mod start;
 mod status;
@@ -34,6 +35,7 @@ use tokio::task::JoinSet;
 use crate::data_dir::DataDir;
 use crate::shard::{Report, Shards};
 use locks::Locks;
+pub(crate) use scrub::ScrubSettings;
 
 /// A store of the catalog, as it stands in this process.
 #[derive(Clone)]
@@ -60,6 +62,8 @@ pub(crate) struct Operations {
     stores_lock: tokio::sync::Mutex<()>,
     /// A store has latched as faulty: wakes whoever writes that down.
     faults: Arc<tokio::sync::Notify>,
+    /// Walks all volumes in the background.
+    scrubber: scrub::Scrubber,
     /// Destructions and recoveries under way.
     background: Mutex<JoinSet<()>>,
     started: Instant,
@@ -273,9 +277,16 @@ mod tests {
         let dirs = DataDir::take(dir.path()).unwrap();
         let catalog = Catalog::open(&dirs.catalog()).unwrap();
         let keys = Arc::new(LocalKeystore::open_or_create(&dirs.keys()).unwrap());
-        let operations = Operations::start(dirs, catalog, keys, 1, EngineChoice::Threads)
-            .await
-            .unwrap();
+        let operations = Operations::start(
+            dirs,
+            catalog,
+            keys,
+            1,
+            EngineChoice::Threads,
+            ScrubSettings::default(),
+        )
+        .await
+        .unwrap();
         let name: Name = "acme".parse().unwrap();
         operations
             .customer_create(control::CustomerCreate { name: name.clone() })

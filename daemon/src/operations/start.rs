@@ -2,9 +2,9 @@
 //!
 //! Start: shards → stores (one that cannot be opened is offline with its reason; the rest is served) → unfinished
 //! creations rolled back → interrupted resizes finished → attachments served again at their old sockets → destructions
-//! resumed → volumes that a crash left dirty recovered in the background.
+//! resumed → volumes that a crash left dirty recovered in the background → integrity scrub.
 //!
-//! Stop (the API has ended): no new sessions → sessions ended → volumes flushed, cleaned, closed → stores closed →
+//! Stop (the API has ended): scrub ended, its progress saved → no new sessions → sessions ended → volumes flushed, cleaned, closed → stores closed →
 //! shards ended.
 
 use std::collections::HashMap;
@@ -21,8 +21,9 @@ use tokio::task::JoinSet;
 
 use super::attach::remove_socket;
 use super::locks::Locks;
+use super::scrub::Scrubber;
 use super::volume::holder;
-use super::{Operations, Seat};
+use super::{Operations, ScrubSettings, Seat};
 use crate::data_dir::DataDir;
 use crate::shard::Shards;
 
@@ -42,6 +43,7 @@ impl Operations {
         keys: Arc<dyn KeyService>,
         shard_count: usize,
         engine: EngineChoice,
+        scrub: ScrubSettings,
     ) -> Result<Arc<Self>> {
         let operations = Arc::new(Self {
             dirs,
@@ -54,6 +56,7 @@ impl Operations {
             retries: super::replicas::Retries::default(),
             stores_lock: tokio::sync::Mutex::default(),
             faults: Arc::default(),
+            scrubber: Scrubber::new(scrub),
             background: Mutex::new(JoinSet::new()),
             started: Instant::now(),
         });
@@ -62,6 +65,7 @@ impl Operations {
         operations.resume_destroys()?;
         operations.watch_faults();
         operations.watch_replicas();
+        operations.start_scrubbing();
         Ok(operations)
     }
 
@@ -227,6 +231,7 @@ impl Operations {
 
     /// Brings everything down, clean.
     pub(crate) async fn stop(self: &Arc<Self>) {
+        self.stop_scrubbing().await;
         // The watcher and waits for scrubs end here; the scrubs themselves end with their stores and go on at the next start.
         let mut background = std::mem::take(
             &mut *self

@@ -1,7 +1,9 @@
 //! The daemon at a glance.
 
 use libvol::Result;
-use libvol::catalog::{AttachmentRecord, CustomerRecord, DestroyRecord, Phase, VmRecord, VolumeRecord};
+use libvol::catalog::{
+    AttachmentRecord, CustomerRecord, DestroyRecord, Phase, ScrubRecord, VmRecord, VolumeRecord,
+};
 use libvol::control::{self, StoreState};
 use libvol::store::{Severity, StoreHandle};
 
@@ -109,6 +111,14 @@ impl Operations {
                 }
             } else if let Some(reason) = self.failure(volume.id) {
                 warnings.push(format!("volume {} is not served: {reason}", volume.path));
+            } else if let Some(scrub) = self.look(|view| view.get::<ScrubRecord>(volume.id))?
+                && let Some(lost) = scrub.last.map(|pass| pass.lost_blocks)
+                && lost > 0
+            {
+                warnings.push(format!(
+                    "volume {}: the last integrity scrub found {lost} blocks without a good copy",
+                    volume.path
+                ));
             }
         }
         Ok(control::Status {

@@ -265,7 +265,11 @@ impl Operations {
         opened
     }
 
-    async fn try_open_volume(&self, record: &VolumeRecord) -> Result<()> {
+    /// The same, but a failure is the caller's to tell of.
+    ///
+    /// # Errors
+    /// As [`Operations::open_volume`].
+    pub(super) async fn try_open_volume(&self, record: &VolumeRecord) -> Result<()> {
         let in_sync = |replica: &ReplicaRecord| replica.state == Member::InSync;
         if let Some(away) = record.replicas.iter().find(|replica| in_sync(replica))
             && !self

@@ -11,7 +11,7 @@ use libvol::crypto::seal::Sealer;
 use libvol::ids::{DatasetId, Epoch, KeyVersion, StoreId, VolumeId};
 use libvol::secret::Secret;
 use libvol::store::{Member, StoreHandle, StoreIo};
-use libvol::volume::{Register, ReplicaSpec, ReplicaStatus, Volume, VolumeSpec, VolumeStats};
+use libvol::volume::{Register, ReplicaSpec, ReplicaStatus, Verified, Volume, VolumeSpec, VolumeStats};
 use libvol::{Error, Result};
 
 use super::door::{Door, DoorSpec, Manner};
@@ -247,6 +247,18 @@ impl Registry {
             connections: entry.door.as_ref().map_or(0, |door| door.connections()),
             served: entry.door.is_some(),
         })
+    }
+
+    /// Goes on with the integrity walk of an open volume; `None` when it is not open.
+    ///
+    /// # Errors
+    /// As [`Volume::verify_extents`].
+    pub(crate) async fn verify(&self, id: VolumeId, from: u64, bytes: u64) -> Result<Option<Verified>> {
+        let volume = self.volumes.borrow().get(&id).map(|entry| entry.volume.clone());
+        match volume {
+            None => Ok(None),
+            Some(volume) => volume.verify_extents(from, bytes).await.map(Some),
+        }
     }
 
     /// All open volumes.
