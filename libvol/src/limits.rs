@@ -27,9 +27,9 @@ pub const EXTENT_BYTES_MAX: u64 = 64 << 20;
 pub const STORE_BYTES_MIN: u64 = 64 << 20;
 /// Largest store: 2^32 extents of 4 MiB are 16 PiB; the table lives in memory, so stop at 64 TiB (16 Mi extents).
 pub const STORE_BYTES_MAX: u64 = 64 << 40;
-/// How long an earlier process's transfers on a store may take to end. A killed process's ring is torn down by the kernel
-/// after its last transfer, which a busy or throttled disk may keep for tens of seconds; one that takes longer than this is
-/// hung, and its store stays out.
+/// How long an earlier process may take to let a store go. The kernel closes a killed process's files after its last
+/// transfer, in one queue with everybody's late closes; there a deleted file whose blocks the disk discards slowly can hold
+/// them up for tens of seconds.
 pub const STORE_LOCK_WAIT: std::time::Duration = std::time::Duration::from_secs(30);
 /// Stores of one daemon.
 pub const STORES_MAX: usize = 256;

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc;
 
+use rustix::fs::{FlockOperation, flock};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -440,11 +441,33 @@ impl Vold {
     }
 }
 
+impl Vold {
+    /// The kernel closes a killed daemon's files late, in one queue for all processes. Files deleted before that would be
+    /// freed there, and hold up every other daemon that a test kills: so waits, for a while, until nobody has a store.
+    fn wait_until_let_go(&self) {
+        let Ok(entries) = std::fs::read_dir(self.root.path()) else {
+            return;
+        };
+        let deadline = std::time::Instant::now() + PATIENCE / 2;
+        for entry in entries.flatten() {
+            let is_store = entry.file_name().to_string_lossy().starts_with("store-");
+            let Some(file) = is_store.then(|| File::open(entry.path()).ok()).flatten() else {
+                continue;
+            };
+            let free = || flock(&file, FlockOperation::NonBlockingLockShared).is_ok();
+            while !free() && std::time::Instant::now() < deadline {
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            }
+        }
+    }
+}
+
 impl Drop for Vold {
     fn drop(&mut self) {
         if let Some(mut child) = self.process.take() {
             let _ = child.kill();
             let _ = child.wait();
+            self.wait_until_let_go();
         }
         let log = self.log();
         if std::thread::panicking() {
