@@ -8,7 +8,7 @@
 //!
 //! | promise | kept by | in |
 //! |---|---|---|
-//! | it is on every replica's device before the reply | all device writes are awaited; one failure stops the volume | [`write`] |
+//! | it is on every replica's device before the reply | all device writes are awaited; a replica that fails one is stale, durably, before the reply | [`write`], [`replicas`] |
 //! | it lands in space that is the volume's, whatever is cut | allocation is durable on every replica before the first write on any | [`allocate`] |
 //! | after a cut, all that may differ is looked at | the extent's mark is durable on every replica before the first write on any, and cleared only after data and sums are synced on all | [`extent`], [`clean`] |
 //! | a flushed write is never traded for an older one | equal copies stay, whatever an older area says | [`recover`] |
