@@ -38,7 +38,9 @@
 //! all replicas, so it is never traded for what an older area knows. Copies differ only where a write was not followed by
 //! a flush (or a medium is bad), and then any of them is allowed; what an area vouches for is preferred, since it is not
 //! torn. The other copies are rewritten, the sums are computed anew, and the extent is Dirty with all its sums in memory:
-//! the cleaner does the rest. A cut meanwhile leads here again, to the same choice or to equal copies.
+//! the cleaner does the rest. What was rewritten is synced before anyone may read or write the extent: a cut meanwhile then
+//! leads here again, to the same choice or to equal copies. Otherwise the next cut could undo the rewriting while it tears a
+//! new write of the other copy, and the value that had lost, and that no reader has seen since, would be back.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -324,10 +326,14 @@ impl Core {
         let _held = extent.lock.lock(0..self.shape.blocks, Mode::Exclusive).await;
         let areas = Areas::new(self.read_areas(extent).await?);
         let mut sums = self.holes();
+        let mut rewritten = false;
         for start in (0..self.shape.blocks).step_by(CHUNK_BLOCKS as usize) {
             let end = self.shape.blocks.min(start + CHUNK_BLOCKS);
             let new = &mut sums[start as usize..end as usize];
-            self.reconcile_chunk(extent, &areas, start..end, new).await?;
+            rewritten |= self.reconcile_chunk(extent, &areas, start..end, new).await?;
+        }
+        if rewritten {
+            self.sync_all().await?;
         }
         extent.sequence.set(areas.newest_sequence());
         self.cache.put(extent, sums);
@@ -361,13 +367,14 @@ impl Core {
         refused.map_or(Ok(()), Err)
     }
 
+    /// Makes the copies of some blocks equal; whether one was rewritten.
     async fn reconcile_chunk(
         &self,
         extent: &Extent,
         areas: &Areas,
         blocks: Range<u32>,
         sums: &mut [u32],
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let copies = self.read_copies(extent, blocks.clone()).await?;
         let mut stale = vec![ReplicaSet::NONE; blocks.len()];
         let mut winners = self.pool.get(blocks.len() * BLOCK_SIZE);
@@ -402,6 +409,7 @@ impl Core {
         }
         drop(copies);
         let sealed = SealedBuf::from_ciphertext(winners);
+        let mut rewritten = false;
         for replica in self.in_sync().iter() {
             self.note_missed(extent, blocks.clone());
             for run in runs(stale.iter().map(|stale| stale.contains(replica))) {
@@ -417,9 +425,10 @@ impl Core {
                     self.drop_replica(replica, error).await?;
                     break;
                 }
+                rewritten = true;
             }
         }
-        Ok(())
+        Ok(rewritten)
     }
 
     /// A write failed on every replica: nobody knows what they hold. What can be read is made equal and taken as it is; what
