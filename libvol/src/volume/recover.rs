@@ -380,11 +380,7 @@ impl Core {
         let mut winners = self.pool.get(blocks.len() * BLOCK_SIZE);
         for (at, block) in blocks.clone().enumerate() {
             let number = self.shape.block_index(extent.index, block);
-            let readable: Vec<(usize, &[u8])> = copies
-                .iter()
-                .filter_map(|copy| Some((copy.replica, copy.block(at)?)))
-                .collect();
-            let all: Vec<&[u8]> = readable.iter().map(|(_, bytes)| *bytes).collect();
+            let all: Vec<&[u8]> = copies.iter().filter_map(|copy| copy.block(at)).collect();
             let to = at * BLOCK_SIZE..(at + 1) * BLOCK_SIZE;
             if all.is_empty() {
                 self.lose(number);
@@ -410,8 +406,8 @@ impl Core {
         drop(copies);
         let sealed = SealedBuf::from_ciphertext(winners);
         let mut rewritten = false;
+        self.note_missed(extent, blocks.clone());
         for replica in self.in_sync().iter() {
-            self.note_missed(extent, blocks.clone());
             for run in runs(stale.iter().map(|stale| stale.contains(replica))) {
                 let bytes = run.start * BLOCK_SIZE..run.end * BLOCK_SIZE;
                 let block = blocks.start + run.start as u32;
