@@ -225,6 +225,8 @@ pub enum VolumeState {
     Tombstoned {
         /// Extents still PendingScrub.
         extents_left: u32,
+        /// Only this store's replica has gone; the volume lives on elsewhere.
+        given_up: bool,
     },
     /// Never was here.
     Unknown,

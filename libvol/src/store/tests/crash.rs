@@ -270,7 +270,10 @@ async fn verify(store: &StoreHandle, clients: &Clients) -> Result<()> {
         for grave in graves {
             assert_eq!(
                 store.volume(grave.volume).await.unwrap(),
-                VolumeState::Tombstoned { extents_left: 0 }
+                VolumeState::Tombstoned {
+                    extents_left: 0,
+                    given_up: false
+                }
             );
             let error = store
                 .add_volume(grave.clone(), volume(grave.volume).1)
