@@ -59,6 +59,7 @@ mod tests {
             extent_bytes: 4 << 20,
             extents: 1,
             allow_buffered: false,
+            leaving: None,
             fault: Some(StoreFault {
                 reason: "sync: Input/output error".into(),
                 since_unix_seconds: 1,

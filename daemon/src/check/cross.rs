@@ -85,7 +85,7 @@ fn check_volume(
         }
         Phase::Ready => {}
     }
-    for replica in &volume.replicas {
+    for (_, replica) in volume.held() {
         let Some(report) = reports.get(&replica.store) else {
             if known.stores.iter().all(|store| store.id != replica.store) {
                 findings.push(Finding::damage(format!(
@@ -116,6 +116,15 @@ fn check_volume(
                 .into_iter()
                 .map(|what| Finding::damage(format!("volume {path}, store {store:?}: {what}"))),
         );
+        if here
+            .slot
+            .as_ref()
+            .is_some_and(|slot| slot.stores != volume.stores())
+        {
+            findings.push(Finding::note(format!(
+                "volume {path}: its slot on store {store:?} names other stores than the catalog: a replica that moved was interrupted; the volume's next opening writes it anew"
+            )));
+        }
         if here.size_bytes != volume.size_bytes {
             findings.push(Finding::note(format!(
                 "volume {path}: {} bytes in the catalog, {} on store {store:?}: a resize was interrupted; the next start finishes it",
@@ -139,9 +148,6 @@ fn contradictions(volume: &VolumeRecord, state: Member, here: &VolumeReport) -> 
         if slot.customer != volume.customer {
             what.push("its slot names another customer");
         }
-        if !slot.stores.iter().eq(volume.replicas.iter().map(|r| &r.store)) {
-            what.push("its slot names other stores");
-        }
         if slot.keys.is_empty() {
             what.push("its slot holds no key");
         }
@@ -154,7 +160,7 @@ fn check_unknown(known: &Known, reports: &BTreeMap<StoreId, &CheckReport>, findi
     let placed: BTreeSet<(VolumeId, StoreId)> = known
         .volumes
         .iter()
-        .flat_map(|volume| volume.replicas.iter().map(|replica| (volume.id, replica.store)))
+        .flat_map(|volume| volume.held().map(|(_, replica)| (volume.id, replica.store)))
         .collect();
     let destroyed: BTreeSet<VolumeId> = known.tombstones.iter().map(|t| t.volume).collect();
     for (store, report) in reports {
@@ -164,6 +170,13 @@ fn check_unknown(known: &Known, reports: &BTreeMap<StoreId, &CheckReport>, findi
             .filter(|id| !placed.contains(&(**id, *store)))
         {
             let name = report.name.as_str();
+            let is_leaving = |record: &StoreRecord| record.id == *store && record.leaving.is_some();
+            if known.stores.iter().any(is_leaving) && known.volumes.iter().any(|volume| volume.id == *id) {
+                findings.push(Finding::note(format!(
+                    "store {name:?}: the replica of volume {id} has moved; what is left of it here is destroyed when vold runs"
+                )));
+                continue;
+            }
             findings.push(Finding::damage(if destroyed.contains(id) {
                 format!("store {name:?}: volume {id} was destroyed and is there again")
             } else {
@@ -225,6 +238,7 @@ mod tests {
                 extents: 10,
                 allow_buffered: false,
                 fault: None,
+                leaving: None,
                 created_unix_seconds: 1,
             })
             .into();
@@ -234,6 +248,7 @@ mod tests {
             customer: customer.id,
             dataset: DatasetId::random(),
             size_bytes: 8192,
+            replicas_wanted: stores.len(),
             replicas: stores
                 .iter()
                 .map(|store| ReplicaRecord::in_sync(store.id))

@@ -11,6 +11,7 @@ mod customer;
 mod destroy;
 mod locks;
 mod place;
+mod relocate;
 mod replicas;
 mod scrub;
 mod signature;
@@ -58,6 +59,8 @@ pub(crate) struct Operations {
     volume_locks: Locks<VolumeId>,
     /// When replicas out of sync are tried again.
     retries: replicas::Retries,
+    /// Why volumes' replicas cannot move, as of the last look.
+    blocked: Mutex<HashMap<VolumeId, String>>,
     /// Held over adding and removing stores.
     stores_lock: tokio::sync::Mutex<()>,
     /// A store has latched as faulty: wakes whoever writes that down.
@@ -145,9 +148,8 @@ impl Operations {
     /// `Unavailable` with the first that is away.
     fn replica_stores(&self, volume: &VolumeRecord) -> Result<Vec<StoreHandle>> {
         volume
-            .replicas
-            .iter()
-            .map(|replica| {
+            .held()
+            .map(|(_, replica)| {
                 let record = self
                     .look(|view| view.get::<StoreRecord>(replica.store))?
                     .ok_or_else(|| {
@@ -264,6 +266,7 @@ mod tests {
             dataset: DatasetId::random(),
             size_bytes: 4096,
             replicas: Vec::new(),
+            replicas_wanted: 0,
             membership_epoch: Epoch(1),
             attachment_epoch: Epoch(0),
             phase: Phase::Ready,

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
-use libvol::catalog::{AttachmentRecord, Catalog, DestroyRecord, Phase, StoreRecord, VolumeRecord};
+use libvol::catalog::{AttachmentRecord, Catalog, DestroyRecord, Leaving, Phase, StoreRecord, VolumeRecord};
 use libvol::disk::EngineChoice;
 use libvol::keys::KeyService;
 use libvol::limits::STORE_LOCK_WAIT;
@@ -54,6 +54,7 @@ impl Operations {
             failures: Mutex::new(HashMap::new()),
             volume_locks: Locks::default(),
             retries: super::replicas::Retries::default(),
+            blocked: Mutex::default(),
             stores_lock: tokio::sync::Mutex::default(),
             faults: Arc::default(),
             scrubber: Scrubber::new(scrub),
@@ -72,6 +73,10 @@ impl Operations {
     async fn open_stores(self: &Arc<Self>) -> Result<()> {
         let mut opening = JoinSet::new();
         for record in self.look(|view| view.all::<StoreRecord>())? {
+            if record.leaving == Some(Leaving::Lost) {
+                self.set_seat(record.id, Seat::Closed("given up as lost".into()));
+                continue;
+            }
             let operations = self.clone();
             opening.spawn(async move {
                 let opened = operations.open_recorded(&record, STORE_LOCK_WAIT).await;
@@ -132,7 +137,8 @@ impl Operations {
 
     async fn take_up(self: &Arc<Self>, record: &VolumeRecord) -> Result<()> {
         let held = self.look(|view| holder(view, record.id))?;
-        if record.replicas.iter().any(|replica| !self.is_open(replica.store)) && held.is_none() {
+        let away = record.held().any(|(_, replica)| !self.is_open(replica.store));
+        if away && held.is_none() {
             // `volume show` says which store is away; there is nothing to bring up.
             return Ok(());
         }
@@ -145,7 +151,8 @@ impl Operations {
             }
             None if self.is_dirty(&record).await? => {
                 self.open_volume(&record).await?;
-                self.recover_in_background(record);
+                tracing::info!(volume = %record.path, "was not closed cleanly; recovering");
+                self.close_when_idle(record);
             }
             None => {}
         }
@@ -177,9 +184,9 @@ impl Operations {
         Ok(false)
     }
 
-    /// Waits for an open volume's recovery, then closes it unless somebody has use for it by then.
-    pub(super) fn recover_in_background(self: &Arc<Self>, record: VolumeRecord) {
-        tracing::info!(volume = %record.path, "was not closed cleanly; recovering");
+    /// Waits for an open volume's recovery, and for replicas that catch up, then closes it unless somebody has use for it by
+    /// then.
+    pub(super) fn close_when_idle(self: &Arc<Self>, record: VolumeRecord) {
         let operations = self.clone();
         self.in_background(async move {
             let id = record.id;
@@ -197,7 +204,7 @@ impl Operations {
             // Under the lock: an attach or a deletion may have come first.
             if matches!(operations.report(id).await, Ok(Some(report)) if !report.served) {
                 operations.close_volume(&record).await;
-                tracing::info!(volume = %record.path, "recovered");
+                tracing::info!(volume = %record.path, "closed again: nothing is left to be done");
             }
         });
     }

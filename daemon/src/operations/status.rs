@@ -68,6 +68,20 @@ impl Operations {
             let reason = store.reason.as_deref().unwrap_or("no reason known");
             match store.state {
                 StoreState::Online => {}
+                StoreState::Draining => warnings.push(format!(
+                    "store {:?} is being drained: {reason}",
+                    store.name.as_str()
+                )),
+                StoreState::Drained => warnings.push(format!(
+                    "store {:?} is drained; remove it (volctl store remove {}), or use it again (volctl store drain {} --cancel)",
+                    store.name.as_str(),
+                    store.name,
+                    store.name
+                )),
+                StoreState::Lost => warnings.push(format!(
+                    "store {:?} is lost: {reason}",
+                    store.name.as_str()
+                )),
                 StoreState::Offline => {
                     warnings.push(format!("store {:?} is offline: {reason}", store.name.as_str()))
                 }

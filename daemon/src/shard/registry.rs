@@ -232,6 +232,27 @@ impl Registry {
         volume.let_go(place).await
     }
 
+    /// An open volume takes a store in as one more replica.
+    ///
+    /// # Errors
+    /// As [`Volume::add_replica`]; `Unavailable` when it is not open.
+    pub(crate) async fn add_replica(&self, id: VolumeId, store: StoreId, name: String) -> Result<()> {
+        self.must_be_open(id)?.add_replica(store, name).await.map(drop)
+    }
+
+    /// A replica of an open volume leaves.
+    ///
+    /// # Errors
+    /// As [`Volume::remove_replica`]; `Unavailable` when it is not open.
+    pub(crate) async fn remove_replica(&self, id: VolumeId, place: usize) -> Result<()> {
+        self.must_be_open(id)?.remove_replica(place).await
+    }
+
+    fn must_be_open(&self, id: VolumeId) -> Result<Rc<Volume>> {
+        self.volume(id)
+            .ok_or_else(|| Error::unavailable(format!("volume {id} is not open")))
+    }
+
     fn volume(&self, id: VolumeId) -> Option<Rc<Volume>> {
         self.volumes.borrow().get(&id).map(|entry| entry.volume.clone())
     }
