@@ -28,6 +28,7 @@ use std::time::Instant;
 use libvol::catalog::{Catalog, CustomerRecord, StoreRecord, Tx, View, VmRecord, VolumeRecord};
 use libvol::ids::{Name, StoreId, VolumeId, VolumePath};
 use libvol::keys::KeyService;
+use libvol::limits::RESYNC_BYTES_PER_SECOND_DEFAULT;
 use libvol::store::StoreHandle;
 use libvol::{Error, Result};
 use tokio::sync::OwnedMutexGuard;
@@ -37,6 +38,24 @@ use crate::data_dir::DataDir;
 use crate::shard::{Report, Shards};
 use locks::Locks;
 pub(crate) use scrub::ScrubSettings;
+
+/// How fast the background works.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Settings {
+    /// When and how fast volumes are verified.
+    pub(crate) scrub: ScrubSettings,
+    /// How fast a replica catches up, at most.
+    pub(crate) resync_bytes_per_second: u64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            scrub: ScrubSettings::default(),
+            resync_bytes_per_second: RESYNC_BYTES_PER_SECOND_DEFAULT,
+        }
+    }
+}
 
 /// A store of the catalog, as it stands in this process.
 #[derive(Clone)]
@@ -67,6 +86,7 @@ pub(crate) struct Operations {
     faults: Arc<tokio::sync::Notify>,
     /// Walks all volumes in the background.
     scrubber: scrub::Scrubber,
+    resync_bytes_per_second: u64,
     /// Destructions and recoveries under way.
     background: Mutex<JoinSet<()>>,
     started: Instant,
@@ -280,16 +300,10 @@ mod tests {
         let dirs = DataDir::take(dir.path()).unwrap();
         let catalog = Catalog::open(&dirs.catalog()).unwrap();
         let keys = Arc::new(LocalKeystore::open_or_create(&dirs.keys()).unwrap());
-        let operations = Operations::start(
-            dirs,
-            catalog,
-            keys,
-            1,
-            EngineChoice::Threads,
-            ScrubSettings::default(),
-        )
-        .await
-        .unwrap();
+        let operations =
+            Operations::start(dirs, catalog, keys, 1, EngineChoice::Threads, Settings::default())
+                .await
+                .unwrap();
         let name: Name = "acme".parse().unwrap();
         operations
             .customer_create(control::CustomerCreate { name: name.clone() })

@@ -23,7 +23,7 @@ use super::attach::remove_socket;
 use super::locks::Locks;
 use super::scrub::Scrubber;
 use super::volume::holder;
-use super::{Operations, ScrubSettings, Seat};
+use super::{Operations, Seat, Settings};
 use crate::data_dir::DataDir;
 use crate::shard::Shards;
 
@@ -43,7 +43,7 @@ impl Operations {
         keys: Arc<dyn KeyService>,
         shard_count: usize,
         engine: EngineChoice,
-        scrub: ScrubSettings,
+        settings: Settings,
     ) -> Result<Arc<Self>> {
         let operations = Arc::new(Self {
             dirs,
@@ -57,7 +57,8 @@ impl Operations {
             blocked: Mutex::default(),
             stores_lock: tokio::sync::Mutex::default(),
             faults: Arc::default(),
-            scrubber: Scrubber::new(scrub),
+            scrubber: Scrubber::new(settings.scrub),
+            resync_bytes_per_second: settings.resync_bytes_per_second,
             background: Mutex::new(JoinSet::new()),
             started: Instant::now(),
         });

@@ -343,6 +343,7 @@ impl Operations {
             key_version: *key_version,
             replicas: replicas.collect(),
             membership_epoch: record.membership_epoch,
+            resync_bytes_per_second: self.resync_bytes_per_second,
             register: Arc::new(CatalogRegister {
                 catalog: self.catalog.clone(),
                 runtime: tokio::runtime::Handle::current(),
