@@ -3,6 +3,7 @@
 mod crash;
 mod damage;
 mod drawing;
+mod inspect;
 mod life;
 mod real;
 mod syncs;
