@@ -4,33 +4,46 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use libvol::Result;
 use libvol::catalog::{
-    AttachmentRecord, CustomerRecord, Phase, StoreRecord, Tombstone, View, VmRecord, VolumeRecord,
+    AttachmentRecord, CustomerRecord, DestroyRecord, Phase, StoreRecord, Tombstone, View, VmRecord,
+    VolumeRecord,
 };
 use libvol::ids::{CustomerId, StoreId, VmId, VolumeId};
 use libvol::store::{CheckReport, Finding, Member, VolumeReport};
 
 /// What the catalog says.
 #[derive(Default)]
-pub(super) struct Known {
-    pub(super) stores: Vec<StoreRecord>,
-    pub(super) customers: Vec<CustomerRecord>,
-    pub(super) vms: Vec<VmRecord>,
-    pub(super) volumes: Vec<VolumeRecord>,
-    pub(super) attachments: Vec<AttachmentRecord>,
-    pub(super) tombstones: Vec<Tombstone>,
+pub(crate) struct Known {
+    pub(crate) stores: Vec<StoreRecord>,
+    pub(crate) customers: Vec<CustomerRecord>,
+    pub(crate) vms: Vec<VmRecord>,
+    pub(crate) volumes: Vec<VolumeRecord>,
+    pub(crate) attachments: Vec<AttachmentRecord>,
+    pub(crate) destroys: Vec<DestroyRecord>,
+    pub(crate) tombstones: Vec<Tombstone>,
 }
 
 impl Known {
     /// All of it.
-    pub(super) fn load(view: &View<'_>) -> Result<Self> {
+    pub(crate) fn load(view: &View<'_>) -> Result<Self> {
         Ok(Self {
             stores: view.all()?,
             customers: view.all()?,
             vms: view.all()?,
             volumes: view.all()?,
             attachments: view.all()?,
+            destroys: view.all()?,
             tombstones: view.all()?,
         })
+    }
+
+    /// A replica that the catalog calls out of sync is not held to the others, whatever its store believes.
+    pub(super) fn overrule(&self, report: &mut CheckReport) {
+        for volume in &self.volumes {
+            let replica = volume.replicas.iter().find(|r| r.store == report.store);
+            if let (Some(replica), Some(here)) = (replica, report.volumes.get_mut(&volume.id)) {
+                here.in_sync &= replica.state == Member::InSync;
+            }
+        }
     }
 }
 
@@ -102,6 +115,11 @@ fn check_volume(
             )));
             continue;
         };
+        if is_behind(volume, replica.state, here) {
+            findings.push(Finding::note(format!(
+                "volume {path}: its replica on store {store:?} is out of date and not in use"
+            )));
+        }
         findings.extend(
             contradictions(volume, replica.state, here)
                 .into_iter()
@@ -116,20 +134,31 @@ fn check_volume(
     }
 }
 
+/// A replica that missed a change of membership still believes that it is in sync; the catalog knows better.
+fn is_behind(volume: &VolumeRecord, state: Member, here: &VolumeReport) -> bool {
+    state != Member::InSync && here.membership_epoch < volume.membership_epoch
+}
+
 /// What a store says of a volume and the catalog does not.
 fn contradictions(volume: &VolumeRecord, state: Member, here: &VolumeReport) -> Vec<&'static str> {
     let mut what = Vec::new();
     if here.dataset != volume.dataset {
         what.push("its dataset is another than the catalog's");
     }
-    if here.in_sync != (state == Member::InSync) {
+    if here.in_sync != (state == Member::InSync) && !is_behind(volume, state, here) {
         what.push("store and catalog disagree whether the replica is in sync");
     }
     if let Some(slot) = &here.slot {
         if slot.customer != volume.customer {
             what.push("its slot names another customer");
         }
-        if !slot.stores.iter().eq(volume.replicas.iter().map(|r| &r.store)) {
+        // A rebuilt catalog may have given replicas up that the slot still names; the others keep its order.
+        let mut named = slot.stores.iter();
+        if !volume
+            .replicas
+            .iter()
+            .all(|replica| named.any(|store| *store == replica.store))
+        {
             what.push("its slot names other stores");
         }
         if slot.keys.is_empty() {
@@ -146,6 +175,13 @@ fn check_unknown(known: &Known, reports: &BTreeMap<StoreId, &CheckReport>, findi
         .iter()
         .flat_map(|volume| volume.replicas.iter().map(|replica| (volume.id, replica.store)))
         .collect();
+    let being_destroyed: BTreeSet<(VolumeId, StoreId)> = known
+        .destroys
+        .iter()
+        .flat_map(|job| job.stores.iter().map(|part| (job.volume, part)))
+        .filter(|(_, part)| !part.done)
+        .map(|(volume, part)| (volume, part.store))
+        .collect();
     let destroyed: BTreeSet<VolumeId> = known.tombstones.iter().map(|t| t.volume).collect();
     for (store, report) in reports {
         for id in report
@@ -154,11 +190,17 @@ fn check_unknown(known: &Known, reports: &BTreeMap<StoreId, &CheckReport>, findi
             .filter(|id| !placed.contains(&(**id, *store)))
         {
             let name = report.name.as_str();
-            findings.push(Finding::damage(if destroyed.contains(id) {
-                format!("store {name:?}: volume {id} was destroyed and is there again")
+            findings.push(if being_destroyed.contains(&(*id, *store)) {
+                Finding::note(format!(
+                    "store {name:?}: the destruction of volume {id} is not finished; the next start goes on with it"
+                ))
+            } else if destroyed.contains(id) {
+                Finding::damage(format!(
+                    "store {name:?}: volume {id} was destroyed and is there again"
+                ))
             } else {
-                format!("store {name:?}: volume {id} is not in the catalog")
-            }));
+                Finding::damage(format!("store {name:?}: volume {id} is not in the catalog"))
+            });
         }
     }
 }
@@ -184,7 +226,7 @@ fn check_attachments(known: &Known, findings: &mut Vec<Finding>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use libvol::catalog::ReplicaRecord;
+    use libvol::catalog::{DestroyedStore, ReplicaRecord};
     use libvol::control::Protocol;
     use libvol::ids::{AttachmentId, CmkId, DatasetId, Epoch, KeyVersion};
     use libvol::keys::WrappedKey;
@@ -269,6 +311,7 @@ mod tests {
                         dataset: volume.dataset,
                         size_bytes: 8192,
                         slot: Some(slot.clone()),
+                        membership_epoch: Epoch(1),
                         in_sync: true,
                         extents: BTreeMap::new(),
                         dirty: Vec::new(),
@@ -282,6 +325,7 @@ mod tests {
             vms: vec![vm],
             volumes: vec![volume],
             attachments: vec![attachment],
+            destroys: Vec::new(),
             tombstones: Vec::new(),
         };
         (known, reports)
@@ -371,6 +415,17 @@ mod tests {
     }
 
     #[test]
+    fn a_replica_given_up_when_the_catalog_was_rebuilt_may_stay_in_the_slots() {
+        let (mut known, mut reports) = consistent();
+        for replica in [0, 1] {
+            known.volumes[0].replicas.remove(replica);
+            reports.remove(replica);
+            assert_eq!(findings(&known, &reports), []);
+            (known, reports) = consistent();
+        }
+    }
+
+    #[test]
     fn what_the_next_start_puts_right_is_a_note() {
         let table: &[(&str, Change)] = &[
             ("creation was interrupted", |known, reports| {
@@ -385,6 +440,32 @@ mod tests {
             }),
             ("a resize was interrupted", |_, reports| {
                 here(reports).size_bytes = 16384
+            }),
+            ("is out of date", |known, _| {
+                known.volumes[0].replicas[1].state = Member::Stale;
+                known.volumes[0].membership_epoch = Epoch(2);
+            }),
+            ("destruction of volume", |known, reports| {
+                known.attachments.clear();
+                let volume = known.volumes.remove(0);
+                let part = |store: &StoreRecord, done| DestroyedStore {
+                    store: store.id,
+                    extents: 0,
+                    done,
+                };
+                known.destroys.push(DestroyRecord {
+                    volume: volume.id,
+                    path: volume.path,
+                    customer: volume.customer,
+                    stores: vec![part(&known.stores[0], true), part(&known.stores[1], false)],
+                    started_unix_seconds: 1,
+                    finished_unix_seconds: None,
+                });
+                known.tombstones.push(Tombstone {
+                    volume: volume.id,
+                    dataset: volume.dataset,
+                });
+                reports[0].volumes.clear();
             }),
         ];
         for (text, change) in table {

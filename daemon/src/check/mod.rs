@@ -17,7 +17,9 @@ use libvol::store::{self, CheckReport, CheckScope, Expect, Finding, Severity};
 use libvol::{Error, Kind, Result};
 
 use crate::data_dir::DataDir;
-use cross::{Known, cross_check};
+use cross::cross_check;
+
+pub(crate) use cross::Known;
 
 /// How long a killed daemon's last transfers on a store may take to end.
 const LOCK_WAIT: Duration = Duration::from_secs(10);
@@ -63,10 +65,13 @@ pub(crate) fn run(dir: &Path, scope: CheckScope) -> Result<ExitCode> {
             });
             findings.extend(named);
         }
-        let pairs: Vec<_> = checked.iter().map(|store| (&store.file, &store.report)).collect();
-        findings.extend(store::compare_replicas(&pairs).await?);
         let reports: Vec<_> = checked.iter().map(|store| &store.report).collect();
         findings.extend(cross_check(&known, &reports));
+        for store in &mut checked {
+            known.overrule(&mut store.report);
+        }
+        let pairs: Vec<_> = checked.iter().map(|store| (&store.file, &store.report)).collect();
+        findings.extend(store::compare_replicas(&pairs).await?);
         for store in &checked {
             println!(
                 "store {:?}: {} volumes, {}",

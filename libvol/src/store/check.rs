@@ -18,7 +18,7 @@ use super::{Expect, Member, SumAreaRead, VolumeSlot, sums};
 use crate::crypto::seal::{HOLE, verify_block};
 use crate::disk::{Disk, DiskFile};
 use crate::error::{Error, Kind, Result};
-use crate::ids::{BlockIndex, DatasetId, ExtentIndex, Name, PhysicalExtent, StoreId, VolumeId};
+use crate::ids::{BlockIndex, DatasetId, Epoch, ExtentIndex, Name, PhysicalExtent, StoreId, VolumeId};
 use crate::limits::BLOCK_SIZE;
 
 /// Extents read at a time: enough to keep a device busy, few enough to bound memory (a span each).
@@ -91,6 +91,8 @@ pub struct VolumeReport {
     pub dataset: DatasetId,
     /// Its size, as this store's record has it.
     pub size_bytes: u64,
+    /// Membership epoch, as this store's record has it.
+    pub membership_epoch: Epoch,
     /// Its slot, unless both copies are bad.
     pub slot: Option<VolumeSlot>,
     /// Whether this store's record says that its replica is in sync.
@@ -171,6 +173,7 @@ pub async fn check(file: &DiskFile, expect: Expect, scope: CheckScope) -> Result
         let volume = VolumeReport {
             dataset: entry.dataset,
             size_bytes: entry.record.size_bytes,
+            membership_epoch: entry.record.membership_epoch,
             in_sync: here
                 .and_then(|i| entry.record.members.get(i))
                 .is_none_or(|m| *m == Member::InSync),
