@@ -1,0 +1,244 @@
+//! One volume, from what the stores given say about it. Pure.
+//!
+//! The record with the highest membership epoch is believed. What becomes of the replica on each store that the slot names:
+//!
+//! | that store | its replica |
+//! |---|---|
+//! | holds it, its record has the highest epoch, and all records of that epoch call it in sync | in sync |
+//! | holds it otherwise (missed a change of membership, or is an older copy of itself) | stale: everything is copied |
+//! | was not given | given up: a loss |
+//! | does not hold it, or holds another volume under its id | given up: a loss |
+//!
+//! A volume without an in-sync replica gets its best stale one: a loss. With a loss the membership epoch rises, and the
+//! stores that stay are told before the catalog says so: what was given up must not pass for in sync when it turns up in a
+//! later rebuild.
+//!
+//! One case is no loss: a volume of the first epoch that holds nothing, and that a store given never had, is a creation
+//! that was interrupted; the next start rolls it back.
+
+use std::collections::BTreeMap;
+
+use libvol::catalog::{Phase, ReplicaRecord};
+use libvol::ids::{Epoch, StoreId, VolumeId};
+use libvol::store::{self, Inspection, LiveVolume, Member, VolumeSlot};
+
+/// Membership epoch of every new volume.
+const FIRST_EPOCH: Epoch = Epoch(1);
+
+/// The stores given, by id.
+pub(super) type Stores<'a> = BTreeMap<StoreId, &'a Inspection>;
+
+/// What the catalog will say of a volume.
+#[derive(Debug)]
+pub(super) struct Rebuilt {
+    /// Whose, its name, its dataset and keys.
+    pub(super) slot: VolumeSlot,
+    /// In use, or to be rolled back.
+    pub(super) phase: Phase,
+    /// The largest that any store has: an interrupted resize is finished.
+    pub(super) size_bytes: u64,
+    /// Membership epoch.
+    pub(super) epoch: Epoch,
+    /// Replicas that stay, in the slot's order.
+    pub(super) replicas: Vec<ReplicaRecord>,
+    /// Stores that its slot names and that were not given.
+    pub(super) missing: Vec<StoreId>,
+    /// What is given up besides, a line each.
+    pub(super) losses: Vec<String>,
+    /// What the stores of in-sync replicas have to be told first.
+    pub(super) update: Option<store::VolumeRecord>,
+}
+
+/// What the slot's stores turn out to have.
+enum Place<'a> {
+    Holds(&'a LiveVolume),
+    Missing,
+    Never,
+    Unusable(&'static str),
+}
+
+/// Decides about a volume that at least one of the stores has.
+///
+/// # Errors
+/// Why it cannot be rebuilt, as text.
+pub(super) fn decide(id: VolumeId, stores: &Stores<'_>) -> Result<Rebuilt, String> {
+    let here = || {
+        stores
+            .iter()
+            .filter_map(|(store, s)| Some((*store, s.volumes.get(&id)?)))
+    };
+    let readable = here().filter_map(|(_, volume)| Some((volume, volume.slot.as_ref()?)));
+    let Some((_, slot)) = readable.max_by_key(|(volume, _)| volume.record.membership_epoch) else {
+        return Err(format!(
+            "volume {id}: both copies of its slot are bad on every store given, and with them its name and its keys are lost"
+        ));
+    };
+    let label = label(slot);
+    let places: Vec<Place<'_>> = slot
+        .stores
+        .iter()
+        .map(|s| look(id, slot, stores.get(s)))
+        .collect();
+    let held = || places.iter().filter_map(Place::held);
+    let Some(highest) = held().map(|volume| volume.record.membership_epoch).max() else {
+        return Err(format!(
+            "{label}: none of the stores that its slot names has it, only others"
+        ));
+    };
+    let size_bytes = held().map(|volume| volume.record.size_bytes).max().unwrap_or(0);
+
+    let never_made = highest == FIRST_EPOCH
+        && places.iter().any(|place| matches!(place, Place::Never))
+        && places.iter().all(|place| !matches!(place, Place::Unusable(_)))
+        && held().all(|volume| volume.extents == 0);
+    if never_made {
+        let holders = slot.stores.iter().zip(&places);
+        let holders = holders.filter(|(_, place)| place.held().is_some());
+        return Ok(Rebuilt {
+            slot: slot.clone(),
+            phase: Phase::Creating,
+            size_bytes,
+            epoch: highest,
+            replicas: holders.map(|(store, _)| ReplicaRecord::in_sync(*store)).collect(),
+            missing: Vec::new(),
+            losses: Vec::new(),
+            update: None,
+        });
+    }
+
+    let believed = |i: usize| {
+        let mut newest = held().filter(|volume| volume.record.membership_epoch == highest);
+        newest.all(|volume| volume.record.members.get(i) == Some(&Member::InSync))
+    };
+    let mut in_sync: Vec<bool> = places
+        .iter()
+        .enumerate()
+        .map(|(i, place)| {
+            let newest = |volume: &LiveVolume| volume.record.membership_epoch == highest;
+            place.held().is_some_and(newest) && believed(i)
+        })
+        .collect();
+    let mut losses = Vec::new();
+    let mut missing = Vec::new();
+    let mut given_up = false;
+    for (i, (place, store)) in places.iter().zip(&slot.stores).enumerate() {
+        let why = match place {
+            Place::Holds(_) => continue,
+            Place::Missing => {
+                missing.push(*store);
+                given_up |= believed(i);
+                continue;
+            }
+            Place::Never => "it should hold a replica and does not; is it an older copy of that store?",
+            Place::Unusable(why) => why,
+        };
+        given_up |= believed(i);
+        losses.push(format!("{label}: store {}: {why}", name(stores, *store)));
+    }
+    for (store, _) in here().filter(|(store, _)| !slot.stores.contains(store)) {
+        losses.push(format!(
+            "{label}: store {} holds it, and its slot does not name that store",
+            name(stores, store)
+        ));
+    }
+    if !in_sync.contains(&true) {
+        let best = best_stale(&places).expect("at least one store holds it");
+        in_sync[best] = true;
+        given_up = true;
+        losses.push(format!(
+            "{label}: no replica given is in sync (membership epoch {highest}); the best is the stale one on store {}: \
+             writes that were acknowledged after it fell behind are lost",
+            name(stores, slot.stores[best])
+        ));
+    }
+    let epoch = if given_up { Epoch(highest.0 + 1) } else { highest };
+    let member = |in_sync: &bool| if *in_sync { Member::InSync } else { Member::Stale };
+    let update = given_up.then(|| store::VolumeRecord {
+        volume: id,
+        size_bytes,
+        membership_epoch: epoch,
+        members: in_sync.iter().map(member).collect(),
+    });
+    let kept = slot.stores.iter().zip(&places).zip(&in_sync);
+    let kept = kept.filter(|((_, place), _)| place.held().is_some());
+    let replicas = kept.map(|((store, _), in_sync)| match in_sync {
+        true => ReplicaRecord::in_sync(*store),
+        false => ReplicaRecord {
+            store: *store,
+            state: Member::Stale,
+            full_copy: true,
+            reason: Some("it was behind the others when the catalog was rebuilt".into()),
+        },
+    });
+    Ok(Rebuilt {
+        phase: Phase::Ready,
+        size_bytes,
+        epoch,
+        replicas: replicas.collect(),
+        missing,
+        losses,
+        update,
+        slot: slot.clone(),
+    })
+}
+
+impl<'a> Place<'a> {
+    fn held(&self) -> Option<&'a LiveVolume> {
+        match self {
+            Place::Holds(volume) => Some(volume),
+            _ => None,
+        }
+    }
+}
+
+fn look<'a>(id: VolumeId, slot: &VolumeSlot, store: Option<&&'a Inspection>) -> Place<'a> {
+    let Some(store) = store else { return Place::Missing };
+    match store.volumes.get(&id) {
+        Some(volume) if contradicts(volume, slot) => {
+            Place::Unusable("what it holds under this id is another volume's; is it another store's copy?")
+        }
+        Some(volume) => Place::Holds(volume),
+        None if store.unreadable_volumes.contains(&id) => {
+            Place::Unusable("the volume's record there is damaged, so nothing there can be used")
+        }
+        None if store.unreadable_tombstones => Place::Unusable(
+            "it does not hold the volume, and its tombstones are damaged: the volume may have been destroyed",
+        ),
+        None => Place::Never,
+    }
+}
+
+/// Whether a store's volume is not the slot's in what never changes.
+fn contradicts(volume: &LiveVolume, slot: &VolumeSlot) -> bool {
+    let other = |own: &VolumeSlot| {
+        (own.customer, own.dataset, &own.stores) != (slot.customer, slot.dataset, &slot.stores)
+            || (&own.customer_name, &own.volume_name) != (&slot.customer_name, &slot.volume_name)
+    };
+    volume.dataset != slot.dataset || volume.slot.as_ref().is_some_and(other)
+}
+
+/// The newest of stale replicas; a half-finished copy only when there is nothing else.
+fn best_stale(places: &[Place<'_>]) -> Option<usize> {
+    let held = places.iter().enumerate();
+    let held = held.filter_map(|(i, place)| Some((i, place.held()?)));
+    let worth = |i: usize, volume: &LiveVolume| {
+        let whole = volume.record.members.get(i) != Some(&Member::Resyncing);
+        (whole, volume.record.membership_epoch, volume.extents)
+    };
+    // Of equals the first: the slot's order is the order of preference.
+    held.rev()
+        .max_by_key(|(i, volume)| worth(*i, volume))
+        .map(|(i, _)| i)
+}
+
+/// What people call a volume.
+pub(super) fn label(slot: &VolumeSlot) -> String {
+    format!("volume {}/{}", slot.customer_name, slot.volume_name)
+}
+
+fn name(stores: &Stores<'_>, id: StoreId) -> String {
+    match stores.get(&id) {
+        Some(store) => format!("{:?}", store.info.name.as_str()),
+        None => id.to_string(),
+    }
+}
