@@ -305,6 +305,7 @@ mod tests {
                 store: store.id,
                 name: store.name.clone(),
                 findings: Vec::new(),
+                unclean: Vec::new(),
                 volumes: BTreeMap::from([(
                     volume.id,
                     VolumeReport {

@@ -19,7 +19,7 @@ use super::commit::Transaction;
 use super::handle::{Reply, Request, Reserved, Shared};
 use super::layout::Layout;
 use super::log::Ring;
-use super::recover::{Loaded, Slots, load};
+use super::recover::{Loaded, Slots, SuperblockRepair, load};
 use super::superblock::Superblock;
 use super::{Expect, Severity, StoreHandle, StoreInfo, slots};
 use crate::disk::{Disk, DiskFile, classify};
@@ -36,6 +36,7 @@ pub(super) struct Keeper {
     pub(super) disk: Disk,
     pub(super) layout: Layout,
     pub(super) superblock: Superblock,
+    pub(super) superblock_repair: RefCell<Option<SuperblockRepair>>,
     pub(super) books: RefCell<Books>,
     pub(super) slots: RefCell<Slots>,
     /// One volume is added or destroyed at a time.
@@ -88,6 +89,7 @@ impl Keeper {
     fn new(disk: Disk, file: &DiskFile, loaded: Loaded) -> (Rc<Self>, mpsc::UnboundedReceiver<Request>) {
         let Loaded {
             superblock,
+            superblock_repair,
             books,
             ring,
             slots,
@@ -116,6 +118,7 @@ impl Keeper {
             disk,
             layout: superblock.layout,
             superblock,
+            superblock_repair: RefCell::new(superblock_repair),
             books: RefCell::new(books),
             slots: RefCell::new(slots),
             slot_lock: Semaphore::new(1),
@@ -135,10 +138,17 @@ impl Keeper {
         (Rc::new(keeper), requests)
     }
 
-    /// After reading: what was read is made durable, replayed pages are written, slots are put right.
+    /// After reading: what was read is made durable, replayed pages are written, superblock and slots are put right.
     async fn recover(&self) -> Result<()> {
         self.disk.sync().await?;
         self.checkpoint_now().await?;
+        let repair = self.superblock_repair.borrow_mut().take();
+        if let Some(SuperblockRepair { at, bytes }) = repair {
+            tracing::info!(store = %self.shared.info.name, "rewriting a bad or older superblock copy");
+            let len = bytes.len();
+            self.disk.write(at, Rc::new(bytes), 0..len).await?;
+            self.disk.sync().await?;
+        }
         let (repair, stale) = {
             let mut slots = self.slots.borrow_mut();
             (
@@ -186,6 +196,9 @@ impl Keeper {
             }
             Request::Commit(changes, reply) => {
                 self.enqueue(changes.into_iter().map(Step::Change).collect(), reply);
+            }
+            Request::Rescrub(extents, reply) => {
+                self.in_background(reply, async move |this| this.rescrub(extents).await);
             }
             Request::ExtentsOf(dataset, reply) => {
                 let books = self.books.borrow();
