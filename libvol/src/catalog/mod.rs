@@ -1,7 +1,7 @@
 //! The catalog: the control plane's durable records, in one redb file on the host's file system.
 //!
-//! Who exists (customers, VMs), what exists (stores, volumes), who uses what (attachments), and what is being or has
-//! been destroyed. A change is one [`Catalog::write`] transaction and is durable when the call returns; redb has one
+//! Who exists (customers, VMs), what exists (stores, volumes), who uses what (attachments), what is being or has
+//! been destroyed, and when each volume was verified last. A change is one [`Catalog::write`] transaction and is durable when the call returns; redb has one
 //! writer, so a transaction's checks and changes are one step. Names are unique by an index that the same transaction
 //! maintains.
 //!
@@ -12,8 +12,8 @@ mod records;
 mod table;
 
 pub use records::{
-    AttachmentRecord, CustomerRecord, DestroyRecord, DestroyedStore, Phase, ReplicaRecord, StoreFault,
-    StoreRecord, Tombstone, VmRecord, VolumeRecord,
+    AttachmentRecord, CustomerRecord, DestroyRecord, DestroyedStore, Phase, ReplicaRecord, ScrubPass,
+    ScrubRecord, StoreFault, StoreRecord, Tombstone, VmRecord, VolumeRecord,
 };
 pub use table::{Record, Tx, View};
 

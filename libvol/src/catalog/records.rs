@@ -183,6 +183,44 @@ pub struct DestroyRecord {
     pub finished_unix_seconds: Option<u64>,
 }
 
+/// One integrity scrub of a volume, from its request or beginning on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubPass {
+    /// Its number among the volume's passes, from 1.
+    pub number: u64,
+    /// Asked for by the operator; the daemon's own otherwise.
+    pub requested: bool,
+    /// Bytes to verify a second at most, as asked for.
+    pub bytes_per_second: Option<u64>,
+    /// Seconds since 1970.
+    pub started_unix_seconds: u64,
+    /// Seconds since 1970, once its end was reached.
+    pub finished_unix_seconds: Option<u64>,
+    /// Byte of the volume up to which it is verified.
+    pub cursor: u64,
+    /// Bytes to verify on all replicas together, as far as known when it began.
+    pub total_bytes: u64,
+    /// Bytes read and verified, on all replicas together.
+    pub verified_bytes: u64,
+    /// Damaged copies of blocks that were rewritten from a good one.
+    pub healed_blocks: u64,
+    /// Extents with a damaged checksum area that is written anew.
+    pub healed_areas: u64,
+    /// Blocks that no replica has a good copy of.
+    pub lost_blocks: u64,
+}
+
+/// What is known of a volume's integrity scrubs. There is none before the first; it goes with the volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubRecord {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The pass that waits, runs, or was interrupted; it goes on from its cursor.
+    pub current: Option<ScrubPass>,
+    /// The last one that reached the end.
+    pub last: Option<ScrubPass>,
+}
+
 /// Remains of a destroyed volume, for ever: ids only, so that nothing can bring it back.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tombstone {
@@ -257,6 +295,18 @@ impl Record for DestroyRecord {
     type Id = VolumeId;
     const NOUN: &'static str = "destruction";
     const TABLE: &'static str = "destroys";
+    fn id(&self) -> VolumeId {
+        self.volume
+    }
+    fn unique(&self) -> Option<String> {
+        None
+    }
+}
+
+impl Record for ScrubRecord {
+    type Id = VolumeId;
+    const NOUN: &'static str = "scrub of volume";
+    const TABLE: &'static str = "scrubs";
     fn id(&self) -> VolumeId {
         self.volume
     }

@@ -12,7 +12,8 @@ use uuid::Uuid;
 
 use super::failed;
 use super::records::{
-    AttachmentRecord, CustomerRecord, DestroyRecord, StoreRecord, Tombstone, VmRecord, VolumeRecord,
+    AttachmentRecord, CustomerRecord, DestroyRecord, ScrubRecord, StoreRecord, Tombstone, VmRecord,
+    VolumeRecord,
 };
 use crate::error::{Error, Result};
 
@@ -233,6 +234,17 @@ impl<'a> Tx<'a> {
         self.put(record)
     }
 
+    /// Adds the record, or replaces the one of the same id.
+    ///
+    /// # Errors
+    /// As [`Tx::insert`] and [`Tx::update`].
+    pub fn upsert<R: Record>(&self, record: &R) -> Result<()> {
+        match self.get::<R>(record.id())? {
+            Some(_) => self.update(record),
+            None => self.insert(record),
+        }
+    }
+
     /// Removes the record and its name.
     ///
     /// # Errors
@@ -285,6 +297,7 @@ impl<'a> Tx<'a> {
         self.create::<VolumeRecord>()?;
         self.create::<AttachmentRecord>()?;
         self.create::<DestroyRecord>()?;
+        self.create::<ScrubRecord>()?;
         self.create::<Tombstone>()
     }
 

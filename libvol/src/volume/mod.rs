@@ -15,6 +15,7 @@
 //! | replicas hold the same bytes | overlapping writes are ordered by the range lock, which is held until every replica has answered | [`range_lock`], [`write`] |
 //! | no request is cut short with a lock given up too early | what changes anything runs on when its caller goes away | [`core::uncancelled`] |
 //! | damage is seen, and healed from a copy that matches | every read is verified against sums that only completed writes change | [`read`], [`heal`], [`sums`] |
+//! | damage that nobody reads is seen, too | a walk verifies every copy of every block | [`integrity`] |
 //! | a trim is done on all replicas or on none | marked like a write; a release found half done is finished | [`trim`], [`recover`] |
 //!
 //! # The life of a write
@@ -38,6 +39,7 @@ mod clean;
 mod core;
 mod extent;
 mod heal;
+mod integrity;
 mod range_lock;
 mod read;
 mod recover;
@@ -53,6 +55,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use self::core::{Core, Tuning, uncancelled};
+pub use self::integrity::Verified;
 use crate::buf::BufPool;
 use crate::crypto::seal::{PlainBuf, Sealer};
 use crate::error::Result;
@@ -229,6 +232,18 @@ impl Volume {
         max_runs: usize,
     ) -> Result<Vec<(u64, BlockKind)>> {
         self.core.block_status(offset, len, max_runs).await
+    }
+
+    /// Goes on with an integrity walk: from the first allocated extent at or behind byte `from`, every replica's copy of
+    /// every block and checksum area is read, verified and, if damaged, healed, until `bytes` are verified (one chunk of
+    /// up to 1 MiB a replica at least) or the volume ends. Requests of clients go first. What is verified is what the
+    /// volume holds when the walk comes by.
+    ///
+    /// # Errors
+    /// `Io` when the volume has stopped (a lost block is no error here, it is counted); `Unavailable` when it is closing;
+    /// `NoSpace` when an extent is to be reconciled and a store has no room for its mark.
+    pub async fn verify_extents(&self, from: u64, bytes: u64) -> Result<Verified> {
+        uncancelled(self.core.clone().verify(from, bytes)).await
     }
 
     /// The new size is already durable; requests up to it are accepted from now on. A smaller size changes nothing.

@@ -4,7 +4,7 @@ use super::*;
 use crate::error::Kind;
 
 /// Damages one bit of a block of the volume on one replica's disk.
-async fn flip(stores: &Stores, replica: usize, logical: u32, block: u32) {
+pub(super) async fn flip(stores: &Stores, replica: usize, logical: u32, block: u32) {
     let at = stores.disk_offset(replica, logical, block).await;
     stores.driver.with_disk(replica, |disk| {
         let mut bytes = vec![0; BLOCK as usize];
@@ -105,7 +105,12 @@ fn a_sub_block_write_heals_what_it_merges_with() {
 }
 
 /// Overwrites a checksum area on one replica with `bytes`.
-async fn damage_area(stores: &Stores, replica: usize, logical: u32, change: impl FnOnce(&mut [u8])) {
+pub(super) async fn damage_area(
+    stores: &Stores,
+    replica: usize,
+    logical: u32,
+    change: impl FnOnce(&mut [u8]),
+) {
     // An area is found by its header: magic, dataset and logical extent come first.
     let mut header = b"VOLDSUMS".to_vec();
     header.extend_from_slice(DATASET.as_bytes());

@@ -2,6 +2,7 @@
 
 mod crash;
 mod damage;
+mod integrity;
 mod life;
 mod marks;
 mod model;
