@@ -57,6 +57,9 @@ pub(crate) struct Check {
     /// Skip the free extents, which should hold zeros.
     #[arg(long)]
     pub(crate) quick: bool,
+    /// Repair what can be repaired, and check again; exit 1 when damage is left.
+    #[arg(long)]
+    pub(crate) repair: bool,
 }
 
 /// `vold rebuild-catalog`.

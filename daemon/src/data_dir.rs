@@ -53,7 +53,7 @@ impl DataDir {
     /// `NotFound`.
     pub(crate) fn check_catalog_not_lost(&self) -> Result<()> {
         let catalog = self.catalog();
-        if catalog.exists() || !self.keys().join("keystore").exists() {
+        if catalog.exists() || !self.has_keystore() {
             return Ok(());
         }
         Err(Error::not_found(format!(
@@ -96,6 +96,11 @@ impl DataDir {
             path: path.to_owned(),
             _lock: lock(path)?,
         })
+    }
+
+    /// Whether the keystore was ever made. Opening it would make an empty one.
+    pub(crate) fn has_keystore(&self) -> bool {
+        self.keys().join("keystore").exists()
     }
 
     /// The catalog's file.

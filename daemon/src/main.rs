@@ -24,7 +24,7 @@ fn main() -> ExitCode {
     let args = Args::parse();
     let result = process::harden().and_then(|()| match args.command {
         Command::Serve(serve) => serve::run(&serve).map(|()| ExitCode::SUCCESS),
-        Command::Check(check) => check::run(&check.data_dir, check.scope()),
+        Command::Check(check) => check::run(&check.data_dir, check.scope(), check.repair),
         Command::RebuildCatalog(rebuild) => rebuild::run(&rebuild).map(|()| ExitCode::SUCCESS),
         Command::ClearFault(clear) => clear_fault::run(&clear).map(|()| ExitCode::SUCCESS),
     });

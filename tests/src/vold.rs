@@ -240,13 +240,15 @@ impl Vold {
     /// `vold check` of the stopped daemon's directory.
     pub fn check(&self) -> Output {
         assert!(self.process.is_none(), "check is for a stopped daemon");
-        Command::new(workspace_binary("vold"))
-            .arg("check")
-            .arg("--data-dir")
-            .arg(self.data_dir())
-            .stdin(Stdio::null())
-            .output()
-            .expect("vold check starts")
+        self.check_command().output().expect("vold check starts")
+    }
+
+    /// What `vold check` is called with.
+    pub fn check_command(&self) -> Command {
+        let mut command = Command::new(workspace_binary("vold"));
+        command.args(["check", "--data-dir"]).arg(self.data_dir());
+        command.stdin(Stdio::null());
+        command
     }
 
     /// `vold check` that must find nothing wrong; gives its report.
