@@ -19,7 +19,7 @@
 use std::collections::BTreeMap;
 
 use libvol::catalog::{Phase, ReplicaRecord};
-use libvol::ids::{Epoch, StoreId, VolumeId};
+use libvol::ids::{CustomerId, DatasetId, Epoch, Name, StoreId, VolumeId};
 use libvol::store::{self, Inspection, LiveVolume, Member, VolumeSlot};
 
 /// Membership epoch of every new volume.
@@ -67,12 +67,10 @@ pub(super) fn decide(id: VolumeId, stores: &Stores<'_>) -> Result<Rebuilt, Strin
             .iter()
             .filter_map(|(store, s)| Some((*store, s.volumes.get(&id)?)))
     };
-    let readable = here().filter_map(|(_, volume)| Some((volume, volume.slot.as_ref()?)));
-    let Some((_, slot)) = readable.max_by_key(|(volume, _)| volume.record.membership_epoch) else {
-        return Err(format!(
-            "volume {id}: both copies of its slot are bad on every store given, and with them its name and its keys are lost"
-        ));
-    };
+    let readable: Vec<(Epoch, &VolumeSlot)> = here()
+        .filter_map(|(_, volume)| Some((volume.record.membership_epoch, volume.slot.as_ref()?)))
+        .collect();
+    let slot = reference(id, &readable)?;
     let label = label(slot);
     let places: Vec<Place<'_>> = slot
         .stores
@@ -182,6 +180,48 @@ pub(super) fn decide(id: VolumeId, stores: &Stores<'_>) -> Result<Rebuilt, Strin
     })
 }
 
+/// The slot to believe: of the highest epoch, what most stores say, and of those the longest list of stores (one may be
+/// growing).
+///
+/// # Errors
+/// When there is none, or two different ones are as good.
+fn reference<'a>(id: VolumeId, readable: &[(Epoch, &'a VolumeSlot)]) -> Result<&'a VolumeSlot, String> {
+    let agreeing = |slot: &VolumeSlot| {
+        let same = readable
+            .iter()
+            .filter(|(_, other)| identity(other) == identity(slot));
+        same.count()
+    };
+    let worth = |(epoch, slot): &(Epoch, &VolumeSlot)| (*epoch, agreeing(slot));
+    let Some(best) = readable.iter().map(worth).max() else {
+        return Err(format!(
+            "volume {id}: both copies of its slot are bad on every store given, and with them its name and its keys are lost"
+        ));
+    };
+    let mut good = readable.iter().filter(|entry| worth(entry) == best);
+    let (_, first) = good.clone().next().expect("the best one");
+    if good.any(|(_, slot)| identity(slot) != identity(first)) {
+        return Err(format!(
+            "volume {id}: stores contradict each other on whose it is, and nobody can tell which is right"
+        ));
+    }
+    let good = readable.iter().filter(|entry| worth(entry) == best);
+    let longest = good.max_by_key(|(_, slot)| slot.stores.len());
+    Ok(longest.expect("the best one").1)
+}
+
+/// What never changes of a volume.
+fn identity(slot: &VolumeSlot) -> (CustomerId, DatasetId, &Name, &Name) {
+    let VolumeSlot {
+        customer,
+        dataset,
+        customer_name,
+        volume_name,
+        ..
+    } = slot;
+    (*customer, *dataset, customer_name, volume_name)
+}
+
 impl<'a> Place<'a> {
     fn held(&self) -> Option<&'a LiveVolume> {
         match self {
@@ -208,12 +248,9 @@ fn look<'a>(id: VolumeId, slot: &VolumeSlot, store: Option<&&'a Inspection>) -> 
     }
 }
 
-/// Whether a store's volume is not the slot's in what never changes.
+/// Whether a store's volume is not the slot's: in what never changes, or in the order of its stores.
 fn contradicts(volume: &LiveVolume, slot: &VolumeSlot) -> bool {
-    let other = |own: &VolumeSlot| {
-        (own.customer, own.dataset, &own.stores) != (slot.customer, slot.dataset, &slot.stores)
-            || (&own.customer_name, &own.volume_name) != (&slot.customer_name, &slot.volume_name)
-    };
+    let other = |own: &VolumeSlot| identity(own) != identity(slot) || !slot.stores.starts_with(&own.stores);
     volume.dataset != slot.dataset || volume.slot.as_ref().is_some_and(other)
 }
 
