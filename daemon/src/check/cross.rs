@@ -4,33 +4,46 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use libvol::Result;
 use libvol::catalog::{
-    AttachmentRecord, CustomerRecord, Phase, StoreRecord, Tombstone, View, VmRecord, VolumeRecord,
+    AttachmentRecord, CustomerRecord, DestroyRecord, Phase, StoreRecord, Tombstone, View, VmRecord,
+    VolumeRecord,
 };
 use libvol::ids::{CustomerId, StoreId, VmId, VolumeId};
 use libvol::store::{CheckReport, Finding, Member, VolumeReport};
 
 /// What the catalog says.
 #[derive(Default)]
-pub(super) struct Known {
-    pub(super) stores: Vec<StoreRecord>,
-    pub(super) customers: Vec<CustomerRecord>,
-    pub(super) vms: Vec<VmRecord>,
-    pub(super) volumes: Vec<VolumeRecord>,
-    pub(super) attachments: Vec<AttachmentRecord>,
-    pub(super) tombstones: Vec<Tombstone>,
+pub(crate) struct Known {
+    pub(crate) stores: Vec<StoreRecord>,
+    pub(crate) customers: Vec<CustomerRecord>,
+    pub(crate) vms: Vec<VmRecord>,
+    pub(crate) volumes: Vec<VolumeRecord>,
+    pub(crate) attachments: Vec<AttachmentRecord>,
+    pub(crate) destroys: Vec<DestroyRecord>,
+    pub(crate) tombstones: Vec<Tombstone>,
 }
 
 impl Known {
     /// All of it.
-    pub(super) fn load(view: &View<'_>) -> Result<Self> {
+    pub(crate) fn load(view: &View<'_>) -> Result<Self> {
         Ok(Self {
             stores: view.all()?,
             customers: view.all()?,
             vms: view.all()?,
             volumes: view.all()?,
             attachments: view.all()?,
+            destroys: view.all()?,
             tombstones: view.all()?,
         })
+    }
+
+    /// A replica that the catalog calls out of sync is not held to the others, whatever its store believes.
+    pub(super) fn overrule(&self, report: &mut CheckReport) {
+        for volume in &self.volumes {
+            if let Some(here) = report.volumes.get_mut(&volume.id) {
+                let place = volume.replica_on(report.store);
+                here.in_sync &= place.is_some_and(|place| volume.replicas[place].state == Member::InSync);
+            }
+        }
     }
 }
 
@@ -85,7 +98,11 @@ fn check_volume(
         }
         Phase::Ready => {}
     }
-    for replica in &volume.replicas {
+    for replica in volume
+        .replicas
+        .iter()
+        .filter(|replica| replica.state != Member::Vacant)
+    {
         let Some(report) = reports.get(&replica.store) else {
             if known.stores.iter().all(|store| store.id != replica.store) {
                 findings.push(Finding::damage(format!(
@@ -154,7 +171,16 @@ fn check_unknown(known: &Known, reports: &BTreeMap<StoreId, &CheckReport>, findi
     let placed: BTreeSet<(VolumeId, StoreId)> = known
         .volumes
         .iter()
-        .flat_map(|volume| volume.replicas.iter().map(|replica| (volume.id, replica.store)))
+        .flat_map(|volume| volume.replicas.iter().map(move |replica| (volume.id, replica)))
+        .filter(|(_, replica)| replica.state != Member::Vacant)
+        .map(|(volume, replica)| (volume, replica.store))
+        .collect();
+    let being_destroyed: BTreeSet<(VolumeId, StoreId)> = known
+        .destroys
+        .iter()
+        .flat_map(|job| job.stores.iter().map(|part| (job.volume, part)))
+        .filter(|(_, part)| !part.done)
+        .map(|(volume, part)| (volume, part.store))
         .collect();
     let destroyed: BTreeSet<VolumeId> = known.tombstones.iter().map(|t| t.volume).collect();
     for (store, report) in reports {
@@ -164,11 +190,17 @@ fn check_unknown(known: &Known, reports: &BTreeMap<StoreId, &CheckReport>, findi
             .filter(|id| !placed.contains(&(**id, *store)))
         {
             let name = report.name.as_str();
-            findings.push(Finding::damage(if destroyed.contains(id) {
-                format!("store {name:?}: volume {id} was destroyed and is there again")
+            findings.push(if being_destroyed.contains(&(*id, *store)) {
+                Finding::note(format!(
+                    "store {name:?}: the destruction of volume {id} is not finished; the next start goes on with it"
+                ))
+            } else if destroyed.contains(id) {
+                Finding::damage(format!(
+                    "store {name:?}: volume {id} was destroyed and is there again"
+                ))
             } else {
-                format!("store {name:?}: volume {id} is not in the catalog")
-            }));
+                Finding::damage(format!("store {name:?}: volume {id} is not in the catalog"))
+            });
         }
     }
 }
@@ -194,7 +226,7 @@ fn check_attachments(known: &Known, findings: &mut Vec<Finding>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use libvol::catalog::ReplicaRecord;
+    use libvol::catalog::{DestroyedStore, ReplicaRecord};
     use libvol::control::Protocol;
     use libvol::ids::{AttachmentId, CmkId, DatasetId, Epoch, KeyVersion};
     use libvol::keys::WrappedKey;
@@ -273,6 +305,7 @@ mod tests {
                 store: store.id,
                 name: store.name.clone(),
                 findings: Vec::new(),
+                unclean: Vec::new(),
                 volumes: BTreeMap::from([(
                     volume.id,
                     VolumeReport {
@@ -293,6 +326,7 @@ mod tests {
             vms: vec![vm],
             volumes: vec![volume],
             attachments: vec![attachment],
+            destroys: Vec::new(),
             tombstones: Vec::new(),
         };
         (known, reports)
@@ -382,6 +416,20 @@ mod tests {
     }
 
     #[test]
+    fn a_vacant_place_is_no_replica_and_what_its_store_holds_there_is_damage() {
+        for replica in [0, 1] {
+            let (mut known, mut reports) = consistent();
+            known.volumes[0].replicas[replica].state = Member::Vacant;
+            let found = findings(&known, &reports);
+            assert_eq!(found.len(), 1, "{found:?}");
+            assert!(found[0].text.contains("is not in the catalog"), "{found:?}");
+            reports.remove(replica);
+            known.stores.remove(replica);
+            assert_eq!(findings(&known, &reports), []);
+        }
+    }
+
+    #[test]
     fn what_the_next_start_puts_right_is_a_note() {
         let table: &[(&str, Change)] = &[
             ("creation was interrupted", |known, reports| {
@@ -396,6 +444,32 @@ mod tests {
             }),
             ("a resize was interrupted", |_, reports| {
                 here(reports).size_bytes = 16384
+            }),
+            ("is out of sync", |known, _| {
+                known.volumes[0].replicas[1].state = Member::Stale;
+                known.volumes[0].membership_epoch = Epoch(2);
+            }),
+            ("destruction of volume", |known, reports| {
+                known.attachments.clear();
+                let volume = known.volumes.remove(0);
+                let part = |store: &StoreRecord, done| DestroyedStore {
+                    store: store.id,
+                    extents: 0,
+                    done,
+                };
+                known.destroys.push(DestroyRecord {
+                    volume: volume.id,
+                    path: volume.path,
+                    customer: volume.customer,
+                    stores: vec![part(&known.stores[0], true), part(&known.stores[1], false)],
+                    started_unix_seconds: 1,
+                    finished_unix_seconds: None,
+                });
+                known.tombstones.push(Tombstone {
+                    volume: volume.id,
+                    dataset: volume.dataset,
+                });
+                reports[0].volumes.clear();
             }),
         ];
         for (text, change) in table {

@@ -15,7 +15,7 @@ use libvol::catalog::{
 use libvol::control::{self, DestroyState, DestroyStep};
 use libvol::destroy::{self, Ledger, Outcome, Part, Reached};
 use libvol::ids::{Name, StoreId, VolumeId, VolumePath};
-use libvol::store::scrubbed_bytes;
+use libvol::store::{Member, scrubbed_bytes};
 use libvol::{Error, Result, tenant};
 use tokio::runtime::Handle;
 
@@ -71,6 +71,7 @@ impl Operations {
                 stores: volume
                     .replicas
                     .iter()
+                    .filter(|replica| replica.state != Member::Vacant)
                     .map(|replica| DestroyedStore {
                         store: replica.store,
                         extents: 0,

@@ -42,24 +42,7 @@ impl Register for CatalogRegister {
         let (catalog, to) = (self.catalog.clone(), to.clone());
         let (done, written) = oneshot::channel();
         self.runtime.spawn_blocking(move || {
-            let _ = done.send(catalog.write(|tx| {
-                let mut record = tx
-                    .get::<VolumeRecord>(volume)?
-                    .ok_or_else(|| Error::internal(format!("volume {volume} is gone from the catalog")))?;
-                if record.membership_epoch != from || record.replicas.len() != to.members.len() {
-                    return Err(Error::busy(format!(
-                        "volume {}: its membership is of epoch {}, not {from}",
-                        record.path, record.membership_epoch
-                    )));
-                }
-                record.membership_epoch = to.epoch;
-                for (replica, standing) in record.replicas.iter_mut().zip(&to.members) {
-                    replica.state = standing.state;
-                    replica.reason.clone_from(&standing.reason);
-                    replica.full_copy = standing.full_copy;
-                }
-                tx.update(&record)
-            }));
+            let _ = done.send(catalog.swap_membership(volume, from, &to));
         });
         written
             .await
@@ -267,11 +250,7 @@ impl Operations {
     /// Every open volume lets go of the store.
     async fn let_go_of(&self, store: &StoreRecord) -> Result<()> {
         for record in self.look(|view| view.all::<VolumeRecord>())? {
-            let Some(place) = record
-                .replicas
-                .iter()
-                .position(|replica| replica.store == store.id)
-            else {
+            let Some(place) = record.replica_on(store.id) else {
                 continue;
             };
             let _lock = self.volume_locks.lock(record.id).await;

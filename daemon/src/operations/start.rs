@@ -16,6 +16,7 @@ use libvol::catalog::{AttachmentRecord, Catalog, DestroyRecord, Phase, StoreReco
 use libvol::disk::EngineChoice;
 use libvol::keys::KeyService;
 use libvol::limits::STORE_LOCK_WAIT;
+use libvol::store::Member;
 use libvol::{Error, Result};
 use tokio::task::JoinSet;
 
@@ -132,7 +133,11 @@ impl Operations {
 
     async fn take_up(self: &Arc<Self>, record: &VolumeRecord) -> Result<()> {
         let held = self.look(|view| holder(view, record.id))?;
-        if record.replicas.iter().any(|replica| !self.is_open(replica.store)) && held.is_none() {
+        let mut there = record
+            .replicas
+            .iter()
+            .filter(|replica| replica.state != Member::Vacant);
+        if there.any(|replica| !self.is_open(replica.store)) && held.is_none() {
             // `volume show` says which store is away; there is nothing to bring up.
             return Ok(());
         }

@@ -201,7 +201,7 @@ impl Operations {
             let used_by = tx
                 .all::<VolumeRecord>()?
                 .into_iter()
-                .find(|volume| volume.replicas.iter().any(|r| r.store == store.id));
+                .find(|volume| volume.replica_on(store.id).is_some());
             if let Some(volume) = used_by {
                 return Err(Error::busy(format!(
                     "store {:?} holds a replica of volume {}; delete the volume first",

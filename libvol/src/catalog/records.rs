@@ -136,6 +136,14 @@ pub struct VolumeRecord {
     pub created_unix_seconds: u64,
 }
 
+impl VolumeRecord {
+    /// The place of its replica on a store.
+    pub fn replica_on(&self, store: StoreId) -> Option<usize> {
+        let mut replicas = self.replicas.iter();
+        replicas.position(|replica| replica.store == store && replica.state != Member::Vacant)
+    }
+}
+
 /// An attachment; at most one a volume.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AttachmentRecord {

@@ -82,6 +82,8 @@ pub struct CheckReport {
     pub findings: Vec<Finding>,
     /// Its live volumes.
     pub volumes: BTreeMap<VolumeId, VolumeReport>,
+    /// Free extents that are not zero, or cannot be read: [`super::StoreHandle::rescrub`] is for them.
+    pub unclean: Vec<PhysicalExtent>,
 }
 
 /// A live volume as one store has it.
@@ -146,6 +148,7 @@ pub async fn check(file: &DiskFile, expect: Expect, scope: CheckScope) -> Result
         name: loaded.superblock.name.clone(),
         findings: loaded.findings,
         volumes: BTreeMap::new(),
+        unclean: Vec::new(),
     };
     for number in &loaded.slots.stale {
         let text =
@@ -225,6 +228,9 @@ async fn check_extents(
     });
     let mut results = stream::iter(checks).buffer_unordered(EXTENTS_AT_A_TIME);
     while let Some((extent, record, (found, sums))) = results.next().await {
+        if record.state == ExtentState::Free && !found.is_empty() {
+            report.unclean.push(extent);
+        }
         report.findings.extend(found);
         if record.state != ExtentState::Allocated {
             continue;

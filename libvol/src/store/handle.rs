@@ -25,6 +25,7 @@ pub(super) enum Request {
     Reserve(u32, Reply<Reserved>),
     Unreserve(Vec<PhysicalExtent>),
     Commit(Vec<Change>, Reply<()>),
+    Rescrub(Vec<PhysicalExtent>, Reply<u32>),
     ExtentsOf(DatasetId, Reply<Vec<ExtentEntry>>),
     AddVolume(Box<(VolumeSlot, VolumeRecord)>, Reply<()>),
     Volume(VolumeId, Reply<VolumeState>),
@@ -259,6 +260,16 @@ impl StoreHandle {
     /// ([`crate::limits::DIRTY_MARKS_PER_STORE`]) would be exceeded (nothing is changed).
     pub async fn commit(&self, changes: Vec<Change>) -> Result<()> {
         self.ask(|reply| Request::Commit(changes, reply)).await
+    }
+
+    /// Free extents that turned out not to be zero go back to PendingScrub, durably, and through the scrubber. Returns when
+    /// they are free again: overwritten, synced and read back (I7). Those that are not free (any more) are passed over: the
+    /// result is how many were scrubbed.
+    ///
+    /// # Errors
+    /// `Io` when scrubbing fails (the store is then latched faulty), `Unavailable`.
+    pub async fn rescrub(&self, extents: Vec<PhysicalExtent>) -> Result<u32> {
+        self.ask(|reply| Request::Rescrub(extents, reply)).await
     }
 
     /// All allocated extents of a dataset, by logical index.

@@ -19,7 +19,7 @@ use super::commit::Transaction;
 use super::handle::{Reply, Request, Reserved, Shared};
 use super::layout::Layout;
 use super::log::Ring;
-use super::recover::{Loaded, Repair, Slots, load};
+use super::recover::{Loaded, Repair, Slots, SuperblockRepair, load};
 use super::superblock::Superblock;
 use super::{Expect, Finding, Severity, StoreHandle, StoreInfo, slots};
 use crate::disk::{Disk, DiskFile, classify};
@@ -36,6 +36,7 @@ pub(super) struct Keeper {
     pub(super) disk: Disk,
     pub(super) layout: Layout,
     pub(super) superblock: Superblock,
+    pub(super) superblock_repair: RefCell<Option<SuperblockRepair>>,
     pub(super) books: RefCell<Books>,
     pub(super) slots: RefCell<Slots>,
     /// One volume is added or destroyed at a time.
@@ -92,6 +93,7 @@ impl Keeper {
     ) -> (Rc<Self>, Vec<Finding>, mpsc::UnboundedReceiver<Request>) {
         let Loaded {
             superblock,
+            superblock_repair,
             books,
             ring,
             slots,
@@ -114,6 +116,7 @@ impl Keeper {
             disk,
             layout: superblock.layout,
             superblock,
+            superblock_repair: RefCell::new(superblock_repair),
             books: RefCell::new(books),
             slots: RefCell::new(slots),
             slot_lock: Semaphore::new(1),
@@ -133,12 +136,13 @@ impl Keeper {
         (Rc::new(keeper), findings, requests)
     }
 
-    /// After reading: what was read is made durable, replayed pages are written, slots are put right.
+    /// After reading: what was read is made durable, replayed pages are written, superblock and slots are put right.
     async fn recover(&self, mut findings: Vec<Finding>) -> Result<()> {
         self.log(&findings);
         let read = findings.len();
         self.shared.sync(&self.disk, "recovery").await?;
         self.checkpoint_now().await?;
+        self.put_superblock_right(&mut findings).await?;
         self.put_slots_right(&mut findings).await?;
         self.log(&findings[read..]);
         self.shared.set_findings(findings);
@@ -151,6 +155,26 @@ impl Keeper {
             match finding.severity {
                 Severity::Note => tracing::info!(%store, "{}", finding.text),
                 Severity::Damage => tracing::warn!(%store, "{}", finding.text),
+            }
+        }
+    }
+
+    /// Writes the superblock copy that is bad or older, from the other one. Where it cannot be written it is named, and costs
+    /// nothing else. A failed sync ends it.
+    async fn put_superblock_right(&self, findings: &mut Vec<Finding>) -> Result<()> {
+        let repair = self.superblock_repair.borrow_mut().take();
+        let Some(SuperblockRepair { at, bytes }) = repair else {
+            return Ok(());
+        };
+        tracing::info!(store = %self.shared.info.name, "rewriting a bad or older superblock copy");
+        let len = bytes.len();
+        match self.disk.write(at, Rc::new(bytes), 0..len).await {
+            Ok(()) => self.shared.sync(&self.disk, "superblock").await,
+            Err(error) => {
+                findings.push(Finding::damage(format!(
+                    "superblock copy at {at}: cannot be rewritten ({error}); the store has one copy of it"
+                )));
+                Ok(())
             }
         }
     }
@@ -222,6 +246,9 @@ impl Keeper {
             }
             Request::Commit(changes, reply) => {
                 self.enqueue(changes.into_iter().map(Step::Change).collect(), reply);
+            }
+            Request::Rescrub(extents, reply) => {
+                self.in_background(reply, async move |this| this.rescrub(extents).await);
             }
             Request::ExtentsOf(dataset, reply) => {
                 let books = self.books.borrow();

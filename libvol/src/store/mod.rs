@@ -16,6 +16,7 @@ mod check;
 mod commit;
 mod format;
 mod handle;
+mod inspect;
 mod io;
 mod keeper;
 mod layout;
@@ -39,6 +40,7 @@ pub use check::{
 };
 pub use format::{check_sizes, format};
 pub use handle::StoreHandle;
+pub use inspect::{Inspection, LiveVolume, Remains, inspect};
 pub use io::StoreIo;
 pub use keeper::open;
 pub use layout::{FORMAT_VERSION, scrubbed_bytes};

@@ -4,6 +4,7 @@ mod crash;
 mod damage;
 mod drawing;
 mod faults;
+mod inspect;
 mod life;
 mod lost;
 mod real;
