@@ -3,7 +3,7 @@
 //! A request is a message with a oneshot for its answer. A caller that stops waiting changes nothing: the keeper finishes
 //! what it has begun, and reserved extents whose receiver is gone come back by themselves.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use futures_channel::{mpsc, oneshot};
@@ -24,10 +24,12 @@ pub(super) enum Request {
     Reserve(u32, Reply<Reserved>),
     Unreserve(Vec<PhysicalExtent>),
     Commit(Vec<Change>, Reply<()>),
+    Beat(Reply<()>),
     ExtentsOf(DatasetId, Reply<Vec<ExtentEntry>>),
     AddVolume(Box<(VolumeSlot, VolumeRecord)>, Reply<()>),
     Volume(VolumeId, Reply<VolumeState>),
     Volumes(Reply<Vec<VolumeId>>),
+    Remains(Reply<Vec<VolumeId>>),
     Destroy(VolumeId, Reply<()>),
     Progress(VolumeId, Reply<ScrubProgress>),
     Scrubbed(VolumeId, Reply<()>),
@@ -43,6 +45,7 @@ pub(super) struct Shared {
     pub(super) file: DiskFile,
     pub(super) findings: Vec<Finding>,
     space: SpaceCounters,
+    committed_lsn: AtomicU64,
     fault: OnceLock<String>,
     closed: AtomicBool,
     sender: mpsc::UnboundedSender<Request>,
@@ -70,6 +73,7 @@ impl Shared {
             file,
             findings,
             space: SpaceCounters::default(),
+            committed_lsn: AtomicU64::new(0),
             fault: OnceLock::new(),
             closed: AtomicBool::new(false),
             sender,
@@ -105,6 +109,10 @@ impl Shared {
             .store(space.pending_scrub, Ordering::Relaxed);
         self.space.allocated.store(space.allocated, Ordering::Relaxed);
         self.space.dirty.store(space.dirty, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_committed(&self, lsn: u64) {
+        self.committed_lsn.store(lsn, Ordering::Release);
     }
 
     pub(super) fn set_closed(&self) {
@@ -173,6 +181,11 @@ impl StoreHandle {
         }
     }
 
+    /// The newest commit that is durable. Rises only; after [`StoreHandle::close`] it is the store's last.
+    pub fn committed_lsn(&self) -> u64 {
+        self.shared.committed_lsn.load(Ordering::Acquire)
+    }
+
     /// What was found wrong when the store was opened; all else serves.
     pub fn findings(&self) -> &[Finding] {
         &self.shared.findings
@@ -222,6 +235,15 @@ impl StoreHandle {
         self.ask(|reply| Request::Commit(changes, reply)).await
     }
 
+    /// Commits nothing, durably: [`StoreHandle::committed_lsn`] rises. Data is written in place without a commit, so this is
+    /// how a store that was written to is told from a copy that was taken before.
+    ///
+    /// # Errors
+    /// As [`StoreHandle::commit`].
+    pub async fn beat(&self) -> Result<()> {
+        self.ask(Request::Beat).await
+    }
+
     /// All allocated extents of a dataset, by logical index.
     ///
     /// # Errors
@@ -253,6 +275,14 @@ impl StoreHandle {
     /// `Unavailable`.
     pub async fn volumes(&self) -> Result<Vec<VolumeId>> {
         self.ask(Request::Volumes).await
+    }
+
+    /// All volumes whose destruction was begun here and has not come to its end.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn remains(&self) -> Result<Vec<VolumeId>> {
+        self.ask(Request::Remains).await
     }
 
     /// Destruction, first part: commits the tombstone, overwrites both slot copies with zeros, syncs, reads back, and moves

@@ -20,8 +20,8 @@ use super::handle::{Reply, Request, Reserved, Shared};
 use super::layout::Layout;
 use super::log::Ring;
 use super::recover::{Loaded, Slots, load};
-use super::superblock::Superblock;
-use super::{Expect, Severity, StoreHandle, StoreInfo, slots};
+use super::superblock::{self, Superblock};
+use super::{Expect, Found, Renewal, Severity, StoreHandle, StoreInfo, slots};
 use crate::disk::{Disk, DiskFile, classify};
 use crate::error::{Error, Result};
 use crate::runtime::sync::{Notify, Semaphore};
@@ -62,26 +62,70 @@ pub(super) struct Keeper {
     pub(super) stopped: Cell<bool>,
 }
 
-/// Opens a store on its home runtime, recovers its metadata, and starts its keeper and scrubber.
+/// Opens a store on its home runtime, recovers its metadata, and starts its keeper and scrubber. Leaves its lineage as it
+/// is: who keeps account of it uses the two halves, [`begin_open`] and [`Opening::finish`].
 ///
 /// # Errors
 /// `Invalid` (not a vold store; truncated), `Unsupported` (unknown format version), `Refused` (another installation's,
 /// or not the expected store), `Damaged`, `Io`. Each says who, what, why, and the next step.
 pub async fn open(file: &DiskFile, expect: Expect) -> Result<StoreHandle> {
+    begin_open(file, expect).await?.finish(None).await
+}
+
+/// The first half of [`open`]: reads everything, makes it durable, and writes nothing, so that the store can be judged.
+///
+/// # Errors
+/// As [`open`].
+pub async fn begin_open(file: &DiskFile, expect: Expect) -> Result<Opening> {
     let disk = Disk::attach(file)?;
     let loaded = load(&disk, file, expect).await?;
     let (keeper, requests) = Keeper::new(disk, file, loaded);
-    // Recovery acts on what it has read, which a cut may still take back: make it durable first, then write.
-    let recovered = keeper.recover().await;
-    let handle = StoreHandle {
-        shared: keeper.shared.clone(),
-    };
-    recovered.map_err(|error| handle.shared.named(error))?;
-    keeper.scrubbing.set(true);
-    spawn(keeper.clone().append_loop()).detach();
-    spawn(keeper.clone().scrub_loop()).detach();
-    spawn(keeper.run(requests)).detach();
-    Ok(handle)
+    // What was read a cut may still take back. What is decided by it, here and by others, stands on what is durable.
+    let synced = keeper.disk.sync().await;
+    synced.map_err(|error| keeper.shared.named(error.into()))?;
+    Ok(Opening { keeper, requests })
+}
+
+/// A store that was read. Dropping it leaves the store as it is.
+pub struct Opening {
+    keeper: Rc<Keeper>,
+    requests: mpsc::UnboundedReceiver<Request>,
+}
+
+impl Opening {
+    /// What the store says of itself. All of it is durable.
+    pub fn found(&self) -> Found {
+        Found {
+            incarnation: self.keeper.superblock.incarnation,
+            sequence: self.keeper.superblock.sequence,
+            lsn: self.keeper.applied.get(),
+        }
+    }
+
+    /// The second half of [`open`]: recovers the metadata, gives the store its new incarnation, and starts keeper and
+    /// scrubber. Without a renewal the superblock stays as it is, and this opening cannot be told from the one before.
+    ///
+    /// # Errors
+    /// `Io`; the store then has the old incarnation or the new one.
+    pub async fn finish(self, renewal: Option<Renewal>) -> Result<StoreHandle> {
+        let Self { keeper, requests } = self;
+        let recovered = async {
+            keeper.recover().await?;
+            match renewal {
+                Some(renewal) => keeper.renew(renewal).await,
+                None => Ok(()),
+            }
+        };
+        recovered.await.map_err(|error| keeper.shared.named(error))?;
+        let handle = StoreHandle {
+            shared: keeper.shared.clone(),
+        };
+        keeper.scrubbing.set(true);
+        spawn(keeper.clone().append_loop()).detach();
+        spawn(keeper.clone().scrub_loop()).detach();
+        spawn(keeper.run(requests)).detach();
+        Ok(handle)
+    }
 }
 
 impl Keeper {
@@ -111,6 +155,7 @@ impl Keeper {
         }
         let (shared, requests) = Shared::new(info, superblock.layout, file.clone(), findings);
         shared.publish(books.space());
+        shared.set_committed(ring.lsn());
         let keeper = Self {
             shared,
             disk,
@@ -135,9 +180,8 @@ impl Keeper {
         (Rc::new(keeper), requests)
     }
 
-    /// After reading: what was read is made durable, replayed pages are written, slots are put right.
+    /// After reading, with what was read durable: replayed pages are written, slots are put right.
     async fn recover(&self) -> Result<()> {
-        self.disk.sync().await?;
         self.checkpoint_now().await?;
         let (repair, stale) = {
             let mut slots = self.slots.borrow_mut();
@@ -164,6 +208,20 @@ impl Keeper {
         Ok(())
     }
 
+    /// Makes this opening known to the superblock. After recovery: its floor is durable.
+    async fn renew(&self, renewal: Renewal) -> Result<()> {
+        assert!(renewal.sequence > self.superblock.sequence, "sequences rise");
+        let next = Superblock {
+            sequence: renewal.sequence,
+            incarnation: renewal.incarnation,
+            commit_floor: self.applied.get(),
+            ..self.superblock.clone()
+        };
+        superblock::renew(&self.disk, &self.superblock, &next)
+            .await
+            .map_err(|e| e.context("superblock"))
+    }
+
     async fn run(self: Rc<Self>, mut requests: mpsc::UnboundedReceiver<Request>) {
         while let Some(request) = requests.next().await {
             if let Request::Close(reply) = request {
@@ -187,6 +245,11 @@ impl Keeper {
             Request::Commit(changes, reply) => {
                 self.enqueue(changes.into_iter().map(Step::Change).collect(), reply);
             }
+            Request::Beat(reply) => self.enqueue_transaction(Transaction {
+                steps: Vec::new(),
+                beat: true,
+                reply,
+            }),
             Request::ExtentsOf(dataset, reply) => {
                 let books = self.books.borrow();
                 let extents = books.check_dataset(dataset).map(|()| books.extents_of(dataset));
@@ -203,6 +266,11 @@ impl Keeper {
                 let books = self.books.borrow();
                 let live = books.volumes().filter(|(_, entry)| !entry.tombstoned);
                 let _ = reply.send(Ok(live.map(|(_, entry)| entry.record.volume).collect()));
+            }
+            Request::Remains(reply) => {
+                let books = self.books.borrow();
+                let remains = books.volumes().filter(|(_, entry)| entry.tombstoned);
+                let _ = reply.send(Ok(remains.map(|(_, entry)| entry.record.volume).collect()));
             }
             Request::Destroy(volume, reply) => {
                 self.in_background(reply, async move |this| this.destroy_volume(volume).await);
@@ -247,11 +315,21 @@ impl Keeper {
     }
 
     fn enqueue(&self, steps: Vec<Step>, reply: Reply<()>) {
+        self.enqueue_transaction(Transaction {
+            steps,
+            beat: false,
+            reply,
+        });
+    }
+
+    fn enqueue_transaction(&self, transaction: Transaction) {
         if self.stopped.get() {
-            let _ = reply.send(Err(Error::unavailable("the store is closed")));
+            let _ = transaction
+                .reply
+                .send(Err(Error::unavailable("the store is closed")));
             return;
         }
-        self.queue.borrow_mut().push_back(Transaction { steps, reply });
+        self.queue.borrow_mut().push_back(transaction);
         self.work.notify_all();
     }
 

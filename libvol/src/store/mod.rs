@@ -19,6 +19,7 @@ mod handle;
 mod io;
 mod keeper;
 mod layout;
+mod lineage;
 mod log;
 mod record;
 mod recover;
@@ -39,8 +40,9 @@ pub use check::{
 pub use format::format;
 pub use handle::StoreHandle;
 pub use io::StoreIo;
-pub use keeper::open;
+pub use keeper::{Opening, begin_open, open};
 pub use layout::FORMAT_VERSION;
+pub use lineage::{Found, Lineage, Renewal, Verdict};
 
 use std::path::PathBuf;
 

@@ -6,6 +6,7 @@
 //! |---|---|
 //! | no, damaged, foreign or newer superblock; truncated file | refused, each with its own words |
 //! | gap in the log between checkpoint and newest frame | refused: committed changes are lost |
+//! | newest frame below the superblock's commit floor | reported: the newest commits are lost |
 //! | torn frame after the newest valid one | never committed; its place is written again |
 //! | one bad or older copy of a page | the other copy and the log suffice; both are written again |
 //! | both copies bad | the page's records are unknown and out of use; everything else serves |
@@ -72,6 +73,13 @@ pub(super) async fn load(disk: &Disk, file: &DiskFile, expect: Expect) -> Result
     let log = log.await.map_err(|e| e.context(format!("{path}: redo log")))?;
     let scanned = scan(superblock.store, &log).map_err(damaged)?;
     drop(log);
+    if scanned.ring.lsn() < superblock.commit_floor {
+        findings.push(Finding::damage(format!(
+            "redo log: its newest commit is {}, and there was {} when the store was last opened",
+            scanned.ring.lsn(),
+            superblock.commit_floor
+        )));
+    }
 
     let mut table = Table::new(layout, superblock.store, ExtentState::Free);
     let (unknown, one_bad) = read_pages(disk, &layout, &mut table).await;

@@ -1,12 +1,18 @@
-//! The superblock: what a store is, whose, and where its regions are. Written when the store is formatted, in two copies.
+//! The superblock: what a store is, whose, and where its regions are; in two copies. Written when the store is formatted,
+//! and at every opening, which changes its lineage ([`super::lineage`]) and nothing else.
 //!
 //! Reading tells five cases apart for each copy, so that the message can say what to do: good, of a newer format, damaged,
 //! absent. A copy of a newer format with a right checksum wins over an older good one: an upgrade was on its way.
 
-use super::layout::{FORMAT_VERSION, Layout, Region};
+use std::rc::Rc;
+
+use super::layout::{FORMAT_VERSION, Layout, Region, SUPERBLOCK_B_AT};
+use super::transfer::{read, read_around_damage};
 use super::wire::{crc32c, structure};
+use crate::buf::Buf;
+use crate::disk::Disk;
 use crate::error::{Error, Result};
-use crate::ids::{InstallationId, Name, StoreId};
+use crate::ids::{Incarnation, InstallationId, Name, StoreId};
 
 structure! {
     /// One superblock copy.
@@ -57,10 +63,15 @@ pub(super) struct Superblock {
     pub(super) created_seconds: u64,
     /// The higher copy wins.
     pub(super) sequence: u64,
+    /// Of the last opening; nil before the first.
+    pub(super) incarnation: Incarnation,
+    /// The newest lsn when that opening had recovered.
+    pub(super) commit_floor: u64,
 }
 
 /// What one copy turned out to be.
 #[derive(Debug, PartialEq, Eq)]
+#[expect(clippy::large_enum_variant, reason = "two of them are ever made, at open")]
 pub(super) enum Copy {
     Good(Superblock),
     /// Of a later format; whether its checksum is right.
@@ -93,6 +104,8 @@ impl Superblock {
         }
         fields::CREATED.put_u64(out, self.created_seconds);
         fields::SEQUENCE.put_u64(out, self.sequence);
+        fields::INCARNATION.put(out, self.incarnation.as_bytes());
+        fields::COMMIT_FLOOR.put_u64(out, self.commit_floor);
         let crc = crc32c(&out[..fields::CRC.at]);
         fields::CRC.put_u32(out, crc);
         bytes
@@ -135,6 +148,11 @@ impl Superblock {
         if let Some(fault) = layout.fault() {
             return Copy::Damaged(format!("impossible layout: {fault}"));
         }
+        let sequence = fields::SEQUENCE.u64(bytes);
+        // No store is opened 2^62 times; what claims so would overflow later sums.
+        if sequence >= 1 << 62 {
+            return Copy::Damaged(format!("impossible sequence {sequence}"));
+        }
         Copy::Good(Self {
             store: StoreId::from_bytes(fields::STORE.id(bytes)),
             installation: InstallationId::from_bytes(fields::INSTALLATION.id(bytes)),
@@ -142,9 +160,35 @@ impl Superblock {
             zone,
             layout,
             created_seconds: fields::CREATED.u64(bytes),
-            sequence: fields::SEQUENCE.u64(bytes),
+            sequence,
+            incarnation: Incarnation::from_bytes(fields::INCARNATION.id(bytes)),
+            commit_floor: fields::COMMIT_FLOOR.u64(bytes),
         })
     }
+}
+
+/// Writes `next` over both copies, one after the other, each durable and read back before the next. The copy that does not
+/// hold `now` goes first, so that a good one is there at every moment.
+///
+/// # Errors
+/// `Io`; one of the two is still there.
+pub(super) async fn renew(disk: &Disk, now: &Superblock, next: &Superblock) -> Result<()> {
+    let (first, _) = read_around_damage(disk, 0, fields::SIZE).await;
+    let order = match Superblock::decode(&first) {
+        Copy::Good(held) if held == *now => [SUPERBLOCK_B_AT, 0],
+        _ => [0, SUPERBLOCK_B_AT],
+    };
+    let bytes = Rc::new(Buf::copy_of(&next.encode()));
+    for at in order {
+        disk.write(at, bytes.clone(), 0..bytes.len()).await?;
+        disk.sync().await?;
+        if read(disk, at, bytes.len()).await?[..] != bytes[..] {
+            return Err(Error::io(format!(
+                "superblock at byte {at}: reads back differently from what was written; check the device"
+            )));
+        }
+    }
+    Ok(())
 }
 
 const REGIONS: [(super::wire::Field, super::wire::Field); 5] = [
@@ -241,6 +285,8 @@ mod tests {
             layout: Layout::plan(1 << 30, 4 << 20, Sizes::for_store(1 << 30, 4 << 20)).unwrap(),
             created_seconds: 1_700_000_000,
             sequence: 1,
+            incarnation: Incarnation::random(),
+            commit_floor: 7,
         }
     }
 
