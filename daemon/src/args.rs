@@ -25,7 +25,7 @@ pub(crate) enum Command {
     Serve(Serve),
     /// Check catalog, stores and replicas of a stopped daemon; exit 1 when anything is damaged.
     Check(Check),
-    /// Let a stopped daemon use a store again whose device failed, after you have looked at the device.
+    /// Let a stopped daemon use a store again whose device failed, or that is an old copy, after you have looked at it.
     ClearFault(ClearFault),
 }
 

@@ -215,6 +215,7 @@ mod tests {
                 extents: 10,
                 allow_buffered: false,
                 fault: None,
+                lineage: Default::default(),
                 created_unix_seconds: 1,
             })
             .into();

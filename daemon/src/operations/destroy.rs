@@ -238,7 +238,7 @@ impl Operations {
     }
 
     /// A store's name; of one that was removed since, the beginning of its id.
-    fn store_name(&self, id: StoreId) -> Name {
+    pub(super) fn store_name(&self, id: StoreId) -> Name {
         let record = self.look(|view| view.get::<StoreRecord>(id)).ok().flatten();
         record.map_or_else(
             || {

@@ -1,6 +1,7 @@
 //! Start and stop of everything the operations stand on.
 //!
-//! Start: shards → stores (one that cannot be opened is offline with its reason; the rest is served) → unfinished
+//! Start: shards → stores (one that cannot be opened is offline with its reason; the rest is served; one that is an old copy
+//! gives up its replicas, see [`super::lineage`]) → what it has brought back of destroyed volumes destroyed again → unfinished
 //! creations rolled back → interrupted resizes finished → attachments served again at their old sockets → destructions
 //! resumed → volumes that a crash left dirty recovered in the background.
 //!
@@ -58,9 +59,11 @@ impl Operations {
             started: Instant::now(),
         });
         operations.open_stores().await?;
+        operations.destroy_again().await;
         operations.take_up_volumes().await?;
         operations.resume_destroys()?;
         operations.watch_faults();
+        operations.watch_floors();
         Ok(operations)
     }
 
@@ -126,6 +129,7 @@ impl Operations {
     }
 
     async fn take_up(self: &Arc<Self>, record: &VolumeRecord) -> Result<()> {
+        self.check_replicas(record)?;
         let held = self.look(|view| holder(view, record.id))?;
         if record.replicas.iter().any(|replica| !self.is_open(replica.store)) && held.is_none() {
             // `volume show` says which store is away; there is nothing to bring up.
@@ -242,6 +246,9 @@ impl Operations {
             if let Seat::Open(handle) = seat {
                 self.close_store(&handle).await;
             }
+        }
+        if let Err(e) = self.record_floors() {
+            tracing::error!("what stores have committed cannot be recorded: {e}");
         }
         if let Ok(attachments) = self.look(|view| view.all::<AttachmentRecord>()) {
             for attachment in attachments {

@@ -278,6 +278,7 @@ impl Operations {
     }
 
     async fn try_open_volume(&self, record: &VolumeRecord) -> Result<()> {
+        self.check_replicas(record)?;
         let stores = self.replica_stores(record)?;
         let slot = self.slot(record, &stores).await?;
         let (key_version, wrapped) = slot
