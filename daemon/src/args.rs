@@ -27,7 +27,7 @@ pub(crate) enum Command {
     Check(Check),
     /// Make a new catalog from the stores and the keystore, after the old one was lost or damaged.
     RebuildCatalog(RebuildCatalog),
-    /// Let a stopped daemon use a store again whose device failed, after you have looked at the device.
+    /// Let a stopped daemon use a store again whose device failed, or that is an old copy, after you have looked at it.
     ClearFault(ClearFault),
 }
 

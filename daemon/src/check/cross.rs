@@ -8,7 +8,7 @@ use libvol::catalog::{
     VolumeRecord,
 };
 use libvol::ids::{CustomerId, StoreId, VmId, VolumeId};
-use libvol::store::{CheckReport, Finding, Member, VolumeReport};
+use libvol::store::{CheckReport, Finding, Member, Verdict, VolumeReport};
 
 /// What the catalog says.
 #[derive(Default)]
@@ -40,8 +40,7 @@ impl Known {
     pub(super) fn overrule(&self, report: &mut CheckReport) {
         for volume in &self.volumes {
             if let Some(here) = report.volumes.get_mut(&volume.id) {
-                let place = volume.replica_on(report.store);
-                here.in_sync &= place.is_some_and(|place| volume.replicas[place].state == Member::InSync);
+                here.in_sync &= volume.is_in_sync_on(report.store);
             }
         }
     }
@@ -59,6 +58,7 @@ pub(super) fn cross_check(known: &Known, reports: &[&CheckReport]) -> Vec<Findin
             )));
         }
     }
+    check_lineage(known, reports, &mut findings);
     let reports: BTreeMap<StoreId, &CheckReport> =
         reports.iter().map(|report| (report.store, *report)).collect();
     let customers: BTreeSet<CustomerId> = known.customers.iter().map(|c| c.id).collect();
@@ -74,6 +74,23 @@ pub(super) fn cross_check(known: &Known, reports: &[&CheckReport]) -> Vec<Findin
     check_unknown(known, &reports, &mut findings);
     check_attachments(known, &mut findings);
     findings
+}
+
+/// Stores that are not what the catalog remembers.
+fn check_lineage(known: &Known, reports: &[&CheckReport], findings: &mut Vec<Finding>) {
+    for report in reports {
+        let record = known.stores.iter().find(|store| store.id == report.store);
+        let name = report.name.as_str();
+        match record.map(|record| record.lineage.judge(&report.found)) {
+            None | Some(Verdict::Continues) => {}
+            Some(Verdict::OldCopy(why)) => findings.push(Finding::damage(format!(
+                "store {name:?}: is an old copy: {why}; at the next start its replicas are stale"
+            ))),
+            Some(Verdict::Ahead(why)) => findings.push(Finding::damage(format!(
+                "store {name:?}: was opened after this catalog was written ({why}): the catalog is an old copy"
+            ))),
+        }
+    }
 }
 
 fn check_volume(
@@ -228,9 +245,9 @@ mod tests {
     use super::*;
     use libvol::catalog::{DestroyedStore, ReplicaRecord};
     use libvol::control::Protocol;
-    use libvol::ids::{AttachmentId, CmkId, DatasetId, Epoch, KeyVersion};
+    use libvol::ids::{AttachmentId, CmkId, DatasetId, Epoch, Incarnation, KeyVersion};
     use libvol::keys::WrappedKey;
-    use libvol::store::{Severity, VolumeSlot};
+    use libvol::store::{Found, Lineage, Severity, VolumeSlot};
 
     /// One volume on two stores, attached, and everything in order.
     fn consistent() -> (Known, Vec<CheckReport>) {
@@ -257,6 +274,7 @@ mod tests {
                 extents: 10,
                 allow_buffered: false,
                 fault: None,
+                lineage: Default::default(),
                 created_unix_seconds: 1,
             })
             .into();
@@ -304,6 +322,11 @@ mod tests {
             .map(|store| CheckReport {
                 store: store.id,
                 name: store.name.clone(),
+                found: Found {
+                    incarnation: Incarnation::NIL,
+                    sequence: 3,
+                    lsn: 7,
+                },
                 findings: Vec::new(),
                 unclean: Vec::new(),
                 volumes: BTreeMap::from([(
@@ -352,6 +375,15 @@ mod tests {
     fn every_contradiction_is_one_line_of_damage() {
         let table: &[(&str, Change)] = &[
             ("does not hold it", |_, reports| reports[1].volumes.clear()),
+            ("\"b\": is an old copy", |known, reports| {
+                known.stores[1].lineage = Lineage::of(&reports[1].found);
+                reports[1].found.lsn -= 1;
+            }),
+            ("the catalog is an old copy", |known, reports| {
+                known.stores[1].lineage = Lineage::of(&reports[1].found);
+                reports[1].found.incarnation = Incarnation::random();
+                reports[1].found.sequence += 1;
+            }),
             ("dataset", |_, reports| {
                 here(reports).dataset = DatasetId::random()
             }),

@@ -7,7 +7,7 @@
 //! | marks that an unclean stop left | opening the volume: recovery |
 //! | a block or checksum area that one replica has damaged | walking the whole volume: healed from a replica that matches |
 //!
-//! Left alone, and said: stores that are latched faulty or cannot be opened, and volumes with a replica there (recovering on
+//! Left alone, and said: stores that are latched faulty, old copies of themselves or cannot be opened, and volumes with a replica there (recovering on
 //! some of the replicas would decide for the others); volumes being made or destroyed (the next start goes on); blocks and
 //! pages of which there is no good copy; what the catalog and the stores disagree on. A replica that the catalog calls
 //! stale takes no part: nothing is healed from it, and extents that recovery settles without it are noted as missed by it,
@@ -20,10 +20,10 @@ use async_trait::async_trait;
 use libvol::catalog::{Catalog, Phase, ReplicaRecord, StoreFault, StoreRecord, VolumeRecord};
 use libvol::crypto::seal::Sealer;
 use libvol::disk::{DiskFile, OpenMode};
-use libvol::ids::{Epoch, PhysicalExtent, StoreId, VolumeId};
+use libvol::ids::{Epoch, Incarnation, PhysicalExtent, StoreId, VolumeId};
 use libvol::keys::{KeyContext, KeyService, LocalKeystore};
 use libvol::limits::STORE_LOCK_WAIT;
-use libvol::store::{self, Expect, Member, StoreHandle, StoreIo, VolumeSlot, VolumeState};
+use libvol::store::{self, Expect, Member, StoreHandle, StoreIo, Verdict, VolumeSlot, VolumeState};
 use libvol::volume::{Membership, Register, ReplicaSpec, Volume, VolumeSpec};
 use libvol::{Error, Kind, Result};
 
@@ -62,7 +62,7 @@ pub(super) fn repair(
     };
     let catalog = Rc::new(Catalog::open(&dirs.catalog())?);
     let register = Rc::new(Direct(catalog.clone()));
-    let faults = runtime()?.block_on(async move {
+    let closed = runtime()?.block_on(async move {
         let mut handles = BTreeMap::new();
         for record in &known.stores {
             let name = record.name.as_str();
@@ -95,29 +95,41 @@ pub(super) fn repair(
                 println!("not repaired: {e}");
             }
         }
-        let faults = handles
-            .iter()
-            .filter_map(|(id, handle)| Some((*id, handle.fault()?)));
-        faults.collect::<Vec<_>>()
+        let closed = handles.iter().map(|(id, handle)| Closed {
+            store: *id,
+            incarnation: handle.incarnation(),
+            committed_lsn: handle.committed_lsn(),
+            fault: handle.fault(),
+        });
+        closed.collect::<Vec<_>>()
     });
-    match faults.is_empty() {
-        true => Ok(()),
-        false => latch(&catalog, faults),
-    }
+    note_down(&catalog, closed)
 }
 
-/// Writes down which stores failed and why: no start may use one before an operator has looked at it.
-fn latch(catalog: &Catalog, faults: Vec<(StoreId, String)>) -> Result<()> {
+/// What the catalog has to know of a store that was open.
+struct Closed {
+    store: StoreId,
+    incarnation: Incarnation,
+    committed_lsn: u64,
+    fault: Option<String>,
+}
+
+/// Writes down what stores have committed, by which an old copy is told, and which have failed and why: no start may use one
+/// of those before an operator has looked at it.
+fn note_down(catalog: &Catalog, closed: Vec<Closed>) -> Result<()> {
     catalog.write(|tx| {
-        for (id, reason) in faults {
-            let Some(mut store) = tx.get::<StoreRecord>(id)? else {
+        for closed in closed {
+            let Some(mut store) = tx.get::<StoreRecord>(closed.store)? else {
                 continue;
             };
-            println!("store {:?}: latched faulty: {reason}", store.name.as_str());
-            store.fault.get_or_insert(StoreFault {
-                reason,
-                since_unix_seconds: unix_seconds(),
-            });
+            store.lineage.raise(closed.incarnation, closed.committed_lsn);
+            if let Some(reason) = closed.fault {
+                println!("store {:?}: latched faulty: {reason}", store.name.as_str());
+                store.fault.get_or_insert(StoreFault {
+                    reason,
+                    since_unix_seconds: unix_seconds(),
+                });
+            }
             tx.update(&store)?;
         }
         Ok(())
@@ -137,7 +149,16 @@ async fn open_store(record: &StoreRecord, expect: Expect) -> Result<StoreHandle>
         record.allow_buffered,
         STORE_LOCK_WAIT,
     )?;
-    store::open(&file, expect).await
+    let opening = store::begin_open(&file, expect).await?;
+    match record.lineage.judge(&opening.found()) {
+        Verdict::Continues => opening.finish(None).await,
+        Verdict::OldCopy(why) => Err(Error::refused(format!(
+            "it is an old copy ({why}); start vold, which brings its replicas up to date"
+        ))),
+        Verdict::Ahead(why) => Err(Error::refused(format!(
+            "it was opened after this catalog was written ({why}); put the newer catalog back"
+        ))),
+    }
 }
 
 /// Opens a volume on its in-sync replicas, lets recovery come to its end, verifies and heals every copy of everything, and
@@ -148,6 +169,11 @@ async fn walk(
     keys: &dyn KeyService,
     register: Rc<dyn Register>,
 ) -> Result<String> {
+    if record.replicas.iter().any(ReplicaRecord::is_old_and_last) {
+        return Err(Error::refused(
+            "its last replica in sync is on an old copy of a store",
+        ));
+    }
     let in_sync = record.replicas.iter().filter(|r| r.state == Member::InSync);
     let stores: Vec<&StoreHandle> = in_sync
         .map(|replica| handles.get(&replica.store))
@@ -262,11 +288,18 @@ async fn slot(record: &VolumeRecord, stores: &[&StoreHandle]) -> Result<VolumeSl
 #[cfg(test)]
 mod tests {
     use super::*;
+    use libvol::store::{Found, Lineage};
 
     #[test]
-    fn a_store_that_fails_under_repair_is_latched_and_the_first_reason_stays() {
+    fn a_store_that_fails_under_repair_is_latched_and_what_it_had_committed_is_known() {
         let dir = tempfile::tempdir().unwrap();
         let catalog = Catalog::open(&dir.path().join("catalog.redb")).unwrap();
+        let incarnation = Incarnation::random();
+        let found = Found {
+            incarnation,
+            sequence: 2,
+            lsn: 7,
+        };
         let store = |name: &str| StoreRecord {
             id: StoreId::random(),
             name: name.parse().unwrap(),
@@ -276,6 +309,7 @@ mod tests {
             extents: 1,
             allow_buffered: false,
             fault: None,
+            lineage: Lineage::of(&found),
             created_unix_seconds: 1,
         };
         let (failed, well) = (store("a"), store("b"));
@@ -287,17 +321,22 @@ mod tests {
             .unwrap();
         for reason in ["sync: Input/output error", "later"] {
             // One that was removed is nobody's business any more.
-            let faults = vec![
-                (failed.id, reason.to_owned()),
-                (StoreId::random(), reason.to_owned()),
-            ];
-            latch(&catalog, faults).unwrap();
+            let closed = |store| Closed {
+                store,
+                incarnation,
+                committed_lsn: 12,
+                fault: Some(reason.to_owned()),
+            };
+            // One that was removed is nobody's business any more.
+            note_down(&catalog, vec![closed(failed.id), closed(StoreId::random())]).unwrap();
         }
         let now = |name: &str| {
             let found = catalog.read(|view| view.named::<StoreRecord>(name)).unwrap();
-            found.unwrap().fault.map(|fault| fault.reason)
+            found.unwrap()
         };
-        assert_eq!(now("a").as_deref(), Some("sync: Input/output error"));
-        assert_eq!(now("b"), None);
+        let fault = now("a").fault.unwrap();
+        assert_eq!(fault.reason, "sync: Input/output error");
+        assert_eq!(now("b"), well);
+        assert_eq!((now("a").lineage.floor_lsn, well.lineage.floor_lsn), (12, 7));
     }
 }

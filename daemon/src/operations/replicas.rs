@@ -171,12 +171,15 @@ impl Operations {
         let Seat::Open(handle) = self.seat(record.replicas[place].store) else {
             return Ok(());
         };
+        // Read after the seat: what the store was found to be is in the catalog before the store is in use.
+        let relied_on = |record: VolumeRecord| !record.replicas[place].full_copy;
+        let found = self.look(|view| view.get::<VolumeRecord>(id))?;
         if handle.fault().is_some() {
             return Ok(());
         }
         self.retries.tried((id, place));
         let full_copy = match self.state_on(&handle, id).await? {
-            store::VolumeState::Live(..) => record.replicas[place].full_copy,
+            store::VolumeState::Live(..) => !found.is_some_and(relied_on),
             store::VolumeState::Unknown => {
                 self.put_replica_on(record, &handle).await?;
                 true
@@ -227,6 +230,7 @@ impl Operations {
             }
             self.let_go_of(&record).await?;
             self.close_store(&handle).await;
+            self.record_floors()?;
             self.set_seat(record.id, Seat::Closed("being opened anew".into()));
         }
         let cleared = self.change(|tx| {

@@ -11,7 +11,7 @@ use libvol::catalog::{
 use libvol::ids::{CmkId, CustomerId, DatasetId, Epoch, InstallationId, Name, StoreId, VolumeId, VolumePath};
 use libvol::keys::CmkInfo;
 use libvol::limits::STORES_MAX;
-use libvol::store::{self, Inspection, Severity, VolumeSlot};
+use libvol::store::{self, Inspection, Lineage, Severity, VolumeSlot};
 use libvol::{Error, Result};
 
 use super::volume::{Rebuilt, Stores, decide, label};
@@ -156,6 +156,7 @@ impl Planner<'_> {
             extents: info.extents,
             allow_buffered: *buffered,
             fault: None,
+            lineage: Lineage::of(&inspection.found),
             created_unix_seconds: inspection.created_unix_seconds,
         });
         let name = info.name.as_str();

@@ -4,9 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use libvol::catalog::ReplicaRecord;
 use libvol::disk::{Medium, MediumClass};
-use libvol::ids::{CmkId, CustomerId, DatasetId, Epoch, InstallationId, KeyVersion, Name, StoreId, VolumeId};
+use libvol::ids::{
+    CmkId, CustomerId, DatasetId, Epoch, Incarnation, InstallationId, KeyVersion, Name, StoreId, VolumeId,
+};
 use libvol::keys::{CmkInfo, WrappedKey};
-use libvol::store::{Inspection, LiveVolume, Remains, StoreInfo, VolumeRecord, VolumeSlot};
+use libvol::store::{Found, Inspection, LiveVolume, Remains, StoreInfo, VolumeRecord, VolumeSlot};
 
 use super::*;
 
@@ -33,6 +35,11 @@ fn store(name: &str, installation: InstallationId) -> Inspection {
                 class: MediumClass::Unknown,
                 reason: String::new(),
             },
+        },
+        found: Found {
+            incarnation: Incarnation::NIL,
+            sequence: 3,
+            lsn: 7,
         },
         created_unix_seconds: 5,
         volumes: BTreeMap::new(),

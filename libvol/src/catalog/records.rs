@@ -10,7 +10,7 @@ use crate::control::Protocol;
 use crate::ids::{
     AttachmentId, CmkId, CustomerId, DatasetId, Epoch, Name, StoreId, VmId, VolumeId, VolumePath,
 };
-use crate::store::Member;
+use crate::store::{Lineage, Member};
 
 /// A store that belongs to this installation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,6 +31,9 @@ pub struct StoreRecord {
     pub allow_buffered: bool,
     /// Latched when a sync or metadata write failed: not opened again until an operator acts.
     pub fault: Option<StoreFault>,
+    /// What an old copy of it is told by.
+    #[serde(default)]
+    pub lineage: Lineage,
     /// Seconds since 1970.
     pub created_unix_seconds: u64,
 }
@@ -91,7 +94,8 @@ pub struct ReplicaRecord {
     pub store: StoreId,
     /// Its membership state.
     pub state: Member,
-    /// Nothing it holds can be relied on (an old copy of its store, or a new replica): resync copies everything.
+    /// Nothing it holds can be relied on (an old copy of its store, or a new replica): resync copies everything. On a replica
+    /// that is in sync it means that there is no other to copy from: the volume is not opened until an operator has acted.
     #[serde(default)]
     pub full_copy: bool,
     /// Why it is not in sync, for people.
@@ -108,6 +112,11 @@ impl ReplicaRecord {
             full_copy: false,
             reason: None,
         }
+    }
+
+    /// The volume's last replica in sync, and an old copy: not served until an operator has acted.
+    pub fn is_old_and_last(&self) -> bool {
+        self.state == Member::InSync && self.full_copy
     }
 }
 
@@ -141,6 +150,12 @@ impl VolumeRecord {
     pub fn replica_on(&self, store: StoreId) -> Option<usize> {
         let mut replicas = self.replicas.iter();
         replicas.position(|replica| replica.store == store && replica.state != Member::Vacant)
+    }
+
+    /// Whether its replica on a store is in sync.
+    pub fn is_in_sync_on(&self, store: StoreId) -> bool {
+        let place = self.replica_on(store);
+        place.is_some_and(|place| self.replicas[place].state == Member::InSync)
     }
 }
 

@@ -14,7 +14,7 @@ use super::record::ExtentState;
 use super::recover::load;
 use super::transfer::{SPAN_BYTES, read};
 use super::wire::is_zero;
-use super::{Expect, Member, SumAreaRead, VolumeSlot, sums};
+use super::{Expect, Found, Member, SumAreaRead, VolumeSlot, sums};
 use crate::crypto::seal::{HOLE, verify_block};
 use crate::disk::{Disk, DiskFile};
 use crate::error::{Error, Kind, Result};
@@ -78,6 +78,8 @@ pub struct CheckReport {
     pub store: StoreId,
     /// Its name.
     pub name: Name,
+    /// By which it is told from an old copy of itself.
+    pub found: Found,
     /// Everything that is not as it should be.
     pub findings: Vec<Finding>,
     /// Its live volumes.
@@ -146,6 +148,7 @@ pub async fn check(file: &DiskFile, expect: Expect, scope: CheckScope) -> Result
     let mut report = CheckReport {
         store: loaded.superblock.store,
         name: loaded.superblock.name.clone(),
+        found: loaded.superblock.found(loaded.ring.lsn()),
         findings: loaded.findings,
         volumes: BTreeMap::new(),
         unclean: Vec::new(),

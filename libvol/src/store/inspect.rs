@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::books::Books;
 use super::recover::{Loaded, load};
-use super::{Expect, Finding, StoreInfo, VolumeRecord, VolumeSlot};
+use super::{Expect, Finding, Found, StoreInfo, VolumeRecord, VolumeSlot};
 use crate::disk::{Disk, DiskFile, classify};
 use crate::error::Result;
 use crate::ids::{DatasetId, VolumeId};
@@ -17,6 +17,8 @@ use crate::ids::{DatasetId, VolumeId};
 pub struct Inspection {
     /// Its facts.
     pub info: StoreInfo,
+    /// By which it is told from an old copy of itself.
+    pub found: Found,
     /// When it was made, seconds since 1970.
     pub created_unix_seconds: u64,
     /// Its live volumes.
@@ -65,6 +67,7 @@ pub async fn inspect(file: &DiskFile, expect: Expect) -> Result<Inspection> {
         superblock,
         books,
         slots,
+        ring,
         findings,
         ..
     } = load(&disk, file, expect).await?;
@@ -85,6 +88,7 @@ pub async fn inspect(file: &DiskFile, expect: Expect) -> Result<Inspection> {
         unreadable_volumes: slots.unknown.keys().copied().collect(),
         unreadable_tombstones: books.has_unknown_tombstones(),
         findings,
+        found: superblock.found(ring.lsn()),
         created_unix_seconds: superblock.created_seconds,
         info: StoreInfo {
             id: superblock.store,

@@ -20,6 +20,7 @@ mod inspect;
 mod io;
 mod keeper;
 mod layout;
+mod lineage;
 mod log;
 mod record;
 mod recover;
@@ -42,8 +43,9 @@ pub use format::{check_sizes, format};
 pub use handle::StoreHandle;
 pub use inspect::{Inspection, LiveVolume, Remains, inspect};
 pub use io::StoreIo;
-pub use keeper::open;
+pub use keeper::{Opening, begin_open, open};
 pub use layout::{FORMAT_VERSION, scrubbed_bytes};
+pub use lineage::{Found, Lineage, Renewal, Verdict};
 
 use std::path::PathBuf;
 

@@ -5,8 +5,9 @@
 //! | found | done |
 //! |---|---|
 //! | no, damaged, foreign or newer superblock; truncated file | refused, each with its own words |
-//! | one bad or older copy of the superblock | the other one suffices; it is written again |
+//! | one bad or older copy of the superblock | the other one suffices; it is written again. No damage where the last opening was cut while it wrote it |
 //! | gap in the log between checkpoint and newest frame | refused: committed changes are lost |
+//! | newest frame below the superblock's commit floor | reported: the newest commits are lost |
 //! | torn frame after the newest valid one | never committed; its place is written again |
 //! | one bad or older copy of a page | the other copy and the log suffice; both are written again |
 //! | both copies bad | the page's records are unknown and out of use; everything else serves |
@@ -95,6 +96,13 @@ pub(super) async fn load(disk: &Disk, file: &DiskFile, expect: Expect) -> Result
     let log = log.await.map_err(|e| e.context(format!("{path}: redo log")))?;
     let scanned = scan(superblock.store, &log).map_err(damaged)?;
     drop(log);
+    if scanned.ring.lsn() < superblock.commit_floor {
+        findings.push(Finding::damage(format!(
+            "redo log: its newest commit is {}, and there was {} when the store was last opened",
+            scanned.ring.lsn(),
+            superblock.commit_floor
+        )));
+    }
 
     let mut table = Table::new(layout, superblock.store, ExtentState::Free);
     let (unknown, one_bad) = read_pages(disk, &layout, &mut table).await;
@@ -146,6 +154,10 @@ pub(super) async fn read_superblock(
     let places = [0, SUPERBLOCK_B_AT];
     let copies = places.map(|at| &bytes[at as usize..][..SLOT_BYTES as usize]);
     let (superblock, findings) = choose(&path, copies.map(Superblock::decode))?;
+    let severity = match copies.iter().all(|copy| superblock.is_of_an_opening(copy)) {
+        true => Severity::Note,
+        false => Severity::Damage,
+    };
     let total = superblock.layout.total_bytes;
     if size_bytes < total {
         return Err(Error::invalid(format!(
@@ -177,8 +189,8 @@ pub(super) async fn read_superblock(
         at: places[other],
         bytes: Buf::copy_of(copies[1 - other]),
     });
-    let findings = findings.into_iter().map(Finding::damage).collect();
-    Ok((superblock, repair, findings))
+    let findings = findings.into_iter().map(|text| Finding { severity, text });
+    Ok((superblock, repair, findings.collect()))
 }
 
 /// Reads every page. What is unknown comes back as damage, and pages with one bad or older copy with what is wrong.

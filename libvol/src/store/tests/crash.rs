@@ -338,7 +338,7 @@ fn run_one(seed: u64) -> u64 {
         let (mine, life_seed) = (clients.clone(), rng.next_u64());
         runtime.block_on(async move {
             let life = spawn(async move {
-                let Ok(store) = open(&file, Expect::default()).await else {
+                let Ok(store) = open_anew(&file, life_seed).await else {
                     // Only an injected error may keep a store from opening.
                     return;
                 };
