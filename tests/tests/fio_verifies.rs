@@ -71,17 +71,20 @@ fn mixed_and_unaligned_block_sizes_verify(setup: Setup) {
 
 fn several_jobs_over_connections_of_their_own_verify(setup: Setup) {
     let (vold, uri) = setup.volume("64M");
-    fio(
-        vold.path("").as_path(),
-        &uri,
-        &[
-            "--rw=randrw",
-            "--numjobs=4",
-            "--iodepth=16",
-            "--bssplit=512/20:4k/50:64k/30",
-            "--size=8M",
-            "--offset_increment=16M",
-            &format!("--loops={}", scale(1, 8)),
-        ],
-    );
+    // Again and again, not with fio's loops: from the second one on it expects blocks that it has not written yet, also of
+    // nbdkit's memory.
+    for _ in 0..scale(1, 8) {
+        fio(
+            vold.path("").as_path(),
+            &uri,
+            &[
+                "--rw=randrw",
+                "--numjobs=4",
+                "--iodepth=16",
+                "--bssplit=512/20:4k/50:64k/30",
+                "--size=8M",
+                "--offset_increment=16M",
+            ],
+        );
+    }
 }

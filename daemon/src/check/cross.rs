@@ -173,7 +173,13 @@ fn contradictions(volume: &VolumeRecord, state: Member, here: &VolumeReport) -> 
         if slot.customer != volume.customer {
             what.push("its slot names another customer");
         }
-        if !slot.stores.iter().eq(volume.replicas.iter().map(|r| &r.store)) {
+        // Who is named at a vacant place is nobody's business.
+        let named = |place: usize| slot.stores.get(place).copied().unwrap_or(StoreId::NIL);
+        let replicas = volume.replicas.iter().enumerate();
+        let mut there = replicas.filter(|(_, replica)| replica.state != Member::Vacant);
+        if slot.stores.len() > volume.replicas.len()
+            || there.any(|(place, replica)| named(place) != replica.store)
+        {
             what.push("its slot names other stores");
         }
         if slot.keys.is_empty() {

@@ -355,16 +355,24 @@ mod tests {
             catalog: catalog.clone(),
             runtime: tokio::runtime::Handle::current(),
         };
-        let standing = |state, reason: Option<&str>| Standing {
+        let standing = |place: usize, state, reason: Option<&str>| Standing {
+            store: record.replicas[place].store,
             state,
             reason: reason.map(Into::into),
             full_copy: false,
         };
+        let new = Standing {
+            store: StoreId::random(),
+            state: Member::Stale,
+            reason: None,
+            full_copy: true,
+        };
         let next = Membership {
             epoch: Epoch(2),
             members: vec![
-                standing(Member::InSync, None),
-                standing(Member::Stale, Some("gone")),
+                standing(0, Member::InSync, None),
+                standing(1, Member::Stale, Some("gone")),
+                new.clone(),
             ],
         };
         register.swap(record.id, Epoch(1), &next).await.unwrap();
@@ -377,6 +385,50 @@ mod tests {
         assert_eq!(kept.membership_epoch, Epoch(2));
         assert_eq!(kept.replicas[1].state, Member::Stale);
         assert_eq!(kept.replicas[1].reason.as_deref(), Some("gone"));
+        assert_eq!(kept.replicas[2].store, new.store, "a place was added");
+        assert!(kept.replicas[2].full_copy);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_is_known_to_be_an_old_copy_stays_one_until_it_is_in_sync_or_another_has_its_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(&dir.path().join("catalog.redb")).unwrap();
+        let mut record = volume();
+        record.replicas[1].state = Member::Stale;
+        record.replicas[1].full_copy = true;
+        catalog.write(|tx| tx.insert(&record)).unwrap();
+        let old = record.replicas[1].store;
+        let mut epoch = 1;
+        let mut full_copy_after = |store, state| {
+            let standing = |store, state| Standing {
+                store,
+                state,
+                reason: None,
+                full_copy: false,
+            };
+            let to = Membership {
+                epoch: Epoch(epoch + 1),
+                members: vec![
+                    standing(record.replicas[0].store, Member::InSync),
+                    standing(store, state),
+                ],
+            };
+            catalog.swap_membership(record.id, Epoch(epoch), &to).unwrap();
+            epoch += 1;
+            let kept = catalog.read(|view| view.get::<VolumeRecord>(record.id)).unwrap();
+            kept.unwrap().replicas[1].full_copy
+        };
+        assert!(
+            full_copy_after(old, Member::Stale),
+            "an open volume does not know of it"
+        );
+        assert!(full_copy_after(old, Member::Stale));
+        assert!(!full_copy_after(old, Member::InSync));
+        assert!(
+            !full_copy_after(old, Member::Stale),
+            "it missed what its missed bits say"
+        );
+        assert!(!full_copy_after(StoreId::random(), Member::Stale));
     }
 
     #[test]

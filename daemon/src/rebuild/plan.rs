@@ -11,7 +11,7 @@ use libvol::catalog::{
 use libvol::ids::{CmkId, CustomerId, DatasetId, Epoch, InstallationId, Name, StoreId, VolumeId, VolumePath};
 use libvol::keys::CmkInfo;
 use libvol::limits::STORES_MAX;
-use libvol::store::{self, Inspection, Lineage, Severity, VolumeSlot};
+use libvol::store::{self, Inspection, Lineage, Severity, VolumeSlot, Word};
 use libvol::{Error, Result};
 
 use super::volume::{Rebuilt, Stores, decide, label};
@@ -118,9 +118,16 @@ fn together(given: &[Given]) -> Result<Stores<'_>> {
     Ok(stores)
 }
 
-/// The volumes that must not come back, by every store's tombstones, with their datasets.
+/// The volumes that must not come back, by every store's tombstones, with their datasets. Where a tombstone cannot be read
+/// that may as well say that only a replica was given up, it counts if nobody has the volume any more.
 fn dead(stores: &Stores<'_>) -> BTreeMap<VolumeId, DatasetId> {
+    let is_live = |id: &VolumeId| stores.values().any(|store| store.volumes.contains_key(id));
     let tombstones = stores.values().flat_map(|store| &store.tombstones);
+    let tombstones = tombstones.filter(|(volume, remains)| match remains.word {
+        Word::Destroyed => true,
+        Word::GivenUp => false,
+        Word::Unknown => !is_live(volume),
+    });
     let mut dead: BTreeMap<VolumeId, DatasetId> = tombstones
         .map(|(volume, remains)| (*volume, remains.dataset))
         .collect();

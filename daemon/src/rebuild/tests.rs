@@ -8,7 +8,7 @@ use libvol::ids::{
     CmkId, CustomerId, DatasetId, Epoch, Incarnation, InstallationId, KeyVersion, Name, StoreId, VolumeId,
 };
 use libvol::keys::{CmkInfo, WrappedKey};
-use libvol::store::{Found, Inspection, LiveVolume, Remains, StoreInfo, VolumeRecord, VolumeSlot};
+use libvol::store::{Found, Inspection, LiveVolume, Remains, StoreInfo, VolumeRecord, VolumeSlot, Word};
 
 use super::*;
 
@@ -520,6 +520,7 @@ fn a_volume_destroyed_on_one_store_is_destroyed_on_all() {
     let dead = world.take(0);
     let volume = world.volume;
     let remains = |finished| Remains {
+        word: Word::Destroyed,
         dataset: dead.dataset,
         extents: 9,
         finished,
@@ -561,6 +562,68 @@ fn a_volume_destroyed_on_one_store_is_destroyed_on_all() {
 }
 
 #[test]
+fn a_replica_that_was_given_up_is_no_destruction() {
+    // b's replica has moved to c: its place is vacant, c's is new.
+    let mut world = World::new();
+    let volume = world.volume;
+    let given_up = world.take(1);
+    for store in [0, 2] {
+        world.set(store, 7, [IN, VA, IN]);
+        world.on(store).slot.as_mut().unwrap().stores[1] = StoreId::NIL;
+    }
+    let remains = |word| Remains {
+        dataset: given_up.dataset,
+        extents: 9,
+        finished: true,
+        word,
+    };
+    world.stores[1].tombstones.insert(volume, remains(Word::GivenUp));
+    let plan = world.plan();
+    assert_eq!(shape(&world, &plan), "a+ c+");
+    assert_eq!(plan.losses, [""; 0]);
+    assert!(plan.tombstones.is_empty() && plan.destroys.is_empty());
+    // The others are older copies, of before b left.
+    for store in [0, 2] {
+        world.set(store, 4, [IN, IN, IN]);
+        world.on(store).slot.as_mut().unwrap().stores[1] = world.stores[1].info.id;
+    }
+    let plan = world.plan();
+    assert_eq!(shape(&world, &plan), "a+ c+");
+    assert!(plan.losses[0].contains("gave it up"), "{:?}", plan.losses);
+    // A tombstone that cannot be read may mean either: the operator's to accept.
+    world.stores[1].tombstones.insert(volume, remains(Word::Unknown));
+    let plan = world.plan();
+    assert!(plan.losses[0].contains("tombstone"), "{:?}", plan.losses);
+    assert!(plan.tombstones.is_empty());
+    // With nobody left who has it, it was destroyed.
+    world.take(0);
+    world.take(2);
+    assert_eq!(world.plan().tombstones.len(), 1);
+}
+
+#[test]
+fn a_list_of_stores_that_was_being_changed_forgets_nobody() {
+    // c takes a's place, which is vacant; only c's own slot says so yet. b's still names a.
+    let mut world = World::new();
+    let [a, b, c] = [0, 1, 2].map(|store| world.id(store));
+    world.take(0);
+    world.on(1).slot.as_mut().unwrap().stores = vec![a, b];
+    world.on(2).slot.as_mut().unwrap().stores = vec![c, b];
+    for store in [1, 2] {
+        world.on(store).record.members = vec![IN, IN];
+        world.on(store).record.membership_epoch = Epoch(9);
+    }
+    for _ in 0..2 {
+        let plan = world.plan();
+        let stores: Vec<StoreId> = plan.volumes[0].replicas.iter().map(|r| r.store).collect();
+        assert_eq!(stores, [c, b]);
+        assert_eq!(plan.losses, [""; 0]);
+        // The same with a vacant place there.
+        world.on(1).slot.as_mut().unwrap().stores = vec![StoreId::NIL, b];
+    }
+}
+
+#[test]
 fn a_store_that_may_still_hold_a_destroyed_volume_must_not_be_missing() {
     let mut world = World::new();
     let dead = world.take(0);
@@ -568,6 +631,7 @@ fn a_store_that_may_still_hold_a_destroyed_volume_must_not_be_missing() {
     world.stores[0].tombstones.insert(
         volume,
         Remains {
+            word: Word::Destroyed,
             dataset: dead.dataset,
             extents: 9,
             finished: true,

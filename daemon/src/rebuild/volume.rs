@@ -6,10 +6,10 @@
 //! |---|---|
 //! | holds it, its record has the highest epoch, and all records of that epoch call it in sync | in sync |
 //! | holds it otherwise (was dropped, missed a change of membership, or is an older copy of itself) | stale: everything is compared |
-//! | its place is vacant by the highest epoch, and it was not given or does not hold the volume | vacant |
+//! | its place is vacant by the highest epoch, and it was not given, does not hold the volume or has given it up | vacant |
 //! | was not given | given up (its place is vacant): a loss |
 //! | does not hold it | stale, and put there anew: a loss |
-//! | holds what cannot be used, or another volume under its id | given up: a loss |
+//! | holds what cannot be used, or another volume under its id, or has given it up | given up: a loss |
 //!
 //! Why everything, where the others' extent records say which extents a stale replica missed: they say so of what it held
 //! when it was dropped. That it held that much, and is no older copy of itself, only the lost catalog knew. What a vacant
@@ -26,7 +26,7 @@ use std::collections::BTreeMap;
 
 use libvol::catalog::{Phase, ReplicaRecord};
 use libvol::ids::{CustomerId, DatasetId, Epoch, Name, StoreId, VolumeId};
-use libvol::store::{self, Inspection, LiveVolume, Member, VolumeSlot};
+use libvol::store::{self, Inspection, LiveVolume, Member, VolumeSlot, Word};
 
 /// Membership epoch of every new volume.
 const FIRST_EPOCH: Epoch = Epoch(1);
@@ -62,6 +62,7 @@ enum Place<'a> {
     Holds(&'a LiveVolume),
     Missing,
     Never,
+    GivenUp,
     Unusable(&'static str),
 }
 
@@ -75,10 +76,15 @@ pub(super) fn decide(id: VolumeId, stores: &Stores<'_>) -> Result<Rebuilt, Strin
             .iter()
             .filter_map(|(store, s)| Some((*store, s.volumes.get(&id)?)))
     };
-    let readable: Vec<(Epoch, &VolumeSlot)> = here()
-        .filter_map(|(_, volume)| Some((volume.record.membership_epoch, volume.slot.as_ref()?)))
-        .collect();
-    let slot = reference(id, &readable)?;
+    let readable = here().filter_map(|(store, volume)| {
+        Some(Readable {
+            store,
+            epoch: volume.record.membership_epoch,
+            slot: volume.slot.as_ref()?,
+        })
+    });
+    let readable: Vec<Readable<'_>> = readable.collect();
+    let slot = &reference(id, &readable)?;
     let label = label(slot);
     let places: Vec<Place<'_>> = slot
         .stores
@@ -118,7 +124,8 @@ pub(super) fn decide(id: VolumeId, stores: &Stores<'_>) -> Result<Rebuilt, Strin
     };
     let vacant = |i: usize| {
         let mut newest = held().filter(|volume| volume.record.membership_epoch == highest);
-        newest.any(|volume| volume.record.members.get(i) == Some(&Member::Vacant))
+        slot.stores[i] == StoreId::NIL
+            || newest.any(|volume| volume.record.members.get(i) == Some(&Member::Vacant))
     };
     let mut in_sync: Vec<bool> = places
         .iter()
@@ -134,13 +141,14 @@ pub(super) fn decide(id: VolumeId, stores: &Stores<'_>) -> Result<Rebuilt, Strin
     for (i, (place, store)) in places.iter().zip(&slot.stores).enumerate() {
         let why = match place {
             Place::Holds(_) => continue,
-            Place::Missing | Place::Never if vacant(i) => continue,
+            Place::Missing | Place::Never | Place::GivenUp if vacant(i) => continue,
             Place::Missing => {
                 missing.push(*store);
                 given_up |= believed(i);
                 continue;
             }
             Place::Never => "it should hold a replica and does not; is it an older copy of that store?",
+            Place::GivenUp => "it should hold a replica, and gave it up; is another store an older copy?",
             Place::Unusable(why) => why,
         };
         given_up |= believed(i);
@@ -172,7 +180,7 @@ pub(super) fn decide(id: VolumeId, stores: &Stores<'_>) -> Result<Rebuilt, Strin
         _ if *in_sync => Member::InSync,
         Place::Holds(_) => Member::Stale,
         Place::Never if !vacant(i) => Member::Stale,
-        Place::Never | Place::Missing | Place::Unusable(_) => Member::Vacant,
+        Place::Never | Place::GivenUp | Place::Missing | Place::Unusable(_) => Member::Vacant,
     });
     let members: Vec<Member> = states.collect();
     let places = slot.stores.iter().zip(&members);
@@ -208,34 +216,63 @@ fn reason(state: Member) -> Option<&'static str> {
     }
 }
 
-/// The slot to believe: of the highest epoch, what most stores say, and of those the longest list of stores (one may be
-/// growing).
+/// A store's slot of the volume.
+struct Readable<'a> {
+    store: StoreId,
+    epoch: Epoch,
+    slot: &'a VolumeSlot,
+}
+
+/// The slot to believe: of the highest epoch, what most stores say, with the stores that [`stores_by_place`] finds.
 ///
 /// # Errors
 /// When there is none, or two different ones are as good.
-fn reference<'a>(id: VolumeId, readable: &[(Epoch, &'a VolumeSlot)]) -> Result<&'a VolumeSlot, String> {
+fn reference(id: VolumeId, readable: &[Readable<'_>]) -> Result<VolumeSlot, String> {
     let agreeing = |slot: &VolumeSlot| {
         let same = readable
             .iter()
-            .filter(|(_, other)| identity(other) == identity(slot));
+            .filter(|other| identity(other.slot) == identity(slot));
         same.count()
     };
-    let worth = |(epoch, slot): &(Epoch, &VolumeSlot)| (*epoch, agreeing(slot));
+    let worth = |entry: &Readable<'_>| (entry.epoch, agreeing(entry.slot));
     let Some(best) = readable.iter().map(worth).max() else {
         return Err(format!(
             "volume {id}: both copies of its slot are bad on every store given, and with them its name and its keys are lost"
         ));
     };
-    let mut good = readable.iter().filter(|entry| worth(entry) == best);
-    let (_, first) = good.clone().next().expect("the best one");
-    if good.any(|(_, slot)| identity(slot) != identity(first)) {
+    let good: Vec<&Readable<'_>> = readable.iter().filter(|entry| worth(entry) == best).collect();
+    let first = good[0].slot;
+    if good.iter().any(|entry| identity(entry.slot) != identity(first)) {
         return Err(format!(
             "volume {id}: stores contradict each other on whose it is, and nobody can tell which is right"
         ));
     }
-    let good = readable.iter().filter(|entry| worth(entry) == best);
-    let longest = good.max_by_key(|(_, slot)| slot.stores.len());
-    Ok(longest.expect("the best one").1)
+    Ok(VolumeSlot {
+        stores: stores_by_place(&good),
+        ..first.clone()
+    })
+}
+
+/// The list of stores was being changed when the slots differ in it, one slot after the other. The longest list counts, for
+/// places are only added. At each place counts the store that names itself there, else any that is named: who is named and
+/// not in sync costs a copy, who is in sync and not named would be forgotten.
+fn stores_by_place(slots: &[&Readable<'_>]) -> Vec<StoreId> {
+    let places = slots
+        .iter()
+        .map(|entry| entry.slot.stores.len())
+        .max()
+        .unwrap_or(0);
+    let at_place = |i: usize| {
+        let named = slots
+            .iter()
+            .filter_map(|entry| Some((entry.store, *entry.slot.stores.get(i)?)));
+        let mut named = named.filter(|(_, store)| *store != StoreId::NIL);
+        let itself = named.clone().find(|(own, store)| own == store);
+        itself
+            .or_else(|| named.next())
+            .map_or(StoreId::NIL, |(_, store)| store)
+    };
+    (0..places).map(at_place).collect()
 }
 
 /// What never changes of a volume.
@@ -266,6 +303,12 @@ fn look<'a>(id: VolumeId, slot: &VolumeSlot, store: Option<&&'a Inspection>) -> 
             Place::Unusable("what it holds under this id is another volume's; is it another store's copy?")
         }
         Some(volume) => Place::Holds(volume),
+        None if store.tombstones.contains_key(&id) => match store.tombstones[&id].word {
+            Word::GivenUp => Place::GivenUp,
+            Word::Unknown | Word::Destroyed => Place::Unusable(
+                "the volume was destroyed there, or its replica given up, and the tombstone that tells which is damaged",
+            ),
+        },
         None if store.unreadable_volumes.contains(&id) => {
             Place::Unusable("the volume's record there is damaged, so nothing there can be used")
         }
@@ -276,9 +319,9 @@ fn look<'a>(id: VolumeId, slot: &VolumeSlot, store: Option<&&'a Inspection>) -> 
     }
 }
 
-/// Whether a store's volume is not the slot's: in what never changes, or in the order of its stores.
+/// Whether a store's volume is not the slot's, in what never changes.
 fn contradicts(volume: &LiveVolume, slot: &VolumeSlot) -> bool {
-    let other = |own: &VolumeSlot| identity(own) != identity(slot) || !slot.stores.starts_with(&own.stores);
+    let other = |own: &VolumeSlot| identity(own) != identity(slot);
     volume.dataset != slot.dataset || volume.slot.as_ref().is_some_and(other)
 }
 

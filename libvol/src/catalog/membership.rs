@@ -1,10 +1,10 @@
 //! The catalog as the register of every volume's membership.
 
-use super::{Catalog, VolumeRecord};
+use super::{Catalog, ReplicaRecord, VolumeRecord};
 use crate::error::{Error, Result};
 use crate::ids::{Epoch, VolumeId};
 use crate::store::Member;
-use crate::volume::Membership;
+use crate::volume::{Membership, Standing};
 
 impl Catalog {
     /// Replaces a volume's membership of epoch `from`, durably: what [`crate::volume::Register`] promises. That nothing a
@@ -18,20 +18,27 @@ impl Catalog {
             let mut record = tx
                 .get::<VolumeRecord>(volume)?
                 .ok_or_else(|| Error::internal(format!("volume {volume} is gone from the catalog")))?;
-            if record.membership_epoch != from || record.replicas.len() != to.members.len() {
+            if record.membership_epoch != from || record.replicas.len() > to.members.len() {
                 return Err(Error::busy(format!(
                     "volume {}: its membership is of epoch {}, not {from}",
                     record.path, record.membership_epoch
                 )));
             }
             record.membership_epoch = to.epoch;
-            for (replica, standing) in record.replicas.iter_mut().zip(&to.members) {
-                replica.state = standing.state;
-                replica.reason.clone_from(&standing.reason);
-                replica.full_copy |= standing.full_copy;
-                replica.full_copy &= standing.state != Member::InSync;
-            }
+            let before = record.replicas.iter().map(Some).chain(std::iter::repeat(None));
+            let after = to.members.iter().zip(before).map(|(to, from)| replaced(from, to));
+            record.replicas = after.collect();
             tx.update(&record)
         })
+    }
+}
+
+fn replaced(from: Option<&ReplicaRecord>, to: &Standing) -> ReplicaRecord {
+    let known_bad = from.is_some_and(|from| from.store == to.store && from.full_copy);
+    ReplicaRecord {
+        store: to.store,
+        state: to.state,
+        full_copy: (to.full_copy || known_bad) && matches!(to.state, Member::Stale | Member::Resyncing),
+        reason: to.reason.clone(),
     }
 }

@@ -102,7 +102,7 @@ pub async fn reached(store: &StoreHandle, volume: VolumeId) -> Result<Reached> {
         ))),
         // Never was here (a creation that was interrupted before it reached this store): nothing to destroy.
         Ok(VolumeState::Unknown) => Ok(Reached::Gone { extents: 0 }),
-        Ok(VolumeState::Tombstoned { extents_left }) => {
+        Ok(VolumeState::Tombstoned { extents_left, .. }) => {
             let progress = store.scrub_progress(volume).await?;
             let extents = progress.extents;
             Ok(if !progress.keys_done {
@@ -153,6 +153,10 @@ pub async fn run(volume: VolumeId, parts: Vec<Part>, ledger: &dyn Ledger) -> Res
 
 /// Repeated whatever an interruption left, short of the end: the keys may be gone and the extents not yet released.
 async fn destroy_keys(store: &StoreHandle, volume: VolumeId) -> Result<()> {
+    if let Ok(VolumeState::Tombstoned { given_up: true, .. }) = store.volume(volume).await {
+        // The tombstone is to say that the volume is gone, not only its replica here.
+        return store.destroy_volume(volume).await;
+    }
     match reached(store, volume).await? {
         Reached::Gone { .. } => Ok(()),
         Reached::Nothing | Reached::Tombstone { .. } | Reached::Scrubbing { .. } => {

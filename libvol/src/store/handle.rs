@@ -15,7 +15,7 @@ use super::{
 };
 use crate::disk::DiskFile;
 use crate::error::{Error, Kind, Result};
-use crate::ids::{DatasetId, Incarnation, PhysicalExtent, VolumeId};
+use crate::ids::{DatasetId, Incarnation, PhysicalExtent, StoreId, VolumeId};
 
 /// Where an answer goes.
 pub(super) type Reply<T> = oneshot::Sender<Result<T>>;
@@ -32,7 +32,9 @@ pub(super) enum Request {
     Volume(VolumeId, Reply<VolumeState>),
     Volumes(Reply<Vec<VolumeId>>),
     Remains(Reply<Vec<VolumeId>>),
-    Destroy(VolumeId, Reply<()>),
+    SetStores(VolumeId, Vec<StoreId>, Reply<()>),
+    /// The volume, and whether only this replica goes.
+    Destroy(VolumeId, bool, Reply<()>),
     Progress(VolumeId, Reply<ScrubProgress>),
     Scrubbed(VolumeId, Reply<()>),
     /// The fault latch has closed: whoever waits for progress should look.
@@ -358,7 +360,25 @@ impl StoreHandle {
     /// `NotFound` when the volume never was here; `Damaged` when its record is lost, and with it where its keys are; `Io`
     /// when a key copy cannot be overwritten (the store goes on), `Unavailable`.
     pub async fn destroy_volume(&self, volume: VolumeId) -> Result<()> {
-        self.ask(|reply| Request::Destroy(volume, reply)).await
+        self.ask(|reply| Request::Destroy(volume, false, reply)).await
+    }
+
+    /// The same for this store's replica alone, whose place others have taken: keys and extents here go, the volume stays.
+    /// It does not come back to this store.
+    ///
+    /// # Errors
+    /// As [`StoreHandle::destroy_volume`].
+    pub async fn give_up_volume(&self, volume: VolumeId) -> Result<()> {
+        self.ask(|reply| Request::Destroy(volume, true, reply)).await
+    }
+
+    /// Writes down the stores of a volume's replicas, in the order of their places; nil for a vacant one. One slot copy
+    /// after the other, so that a cut leaves the old list or the new one.
+    ///
+    /// # Errors
+    /// `NotFound`; `Invalid` for more than a slot has room for; `Damaged`, `Io`, `Unavailable`.
+    pub async fn set_stores(&self, volume: VolumeId, stores: Vec<StoreId>) -> Result<()> {
+        self.ask(|reply| Request::SetStores(volume, stores, reply)).await
     }
 
     /// Destruction, second part: how far the scrubber is with that volume's extents. Also after a restart.

@@ -55,6 +55,19 @@ pub struct Remains {
     pub extents: u32,
     /// Whether its keys and extents here are all overwritten, read back and free.
     pub finished: bool,
+    /// What its tombstone says.
+    pub word: Word,
+}
+
+/// What a tombstone says of its volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Word {
+    /// It was destroyed.
+    Destroyed,
+    /// Only its replica on this store was given up.
+    GivenUp,
+    /// The tombstone cannot be read, so it may be either.
+    Unknown,
 }
 
 /// Looks at one store. The file may be open read-only.
@@ -110,6 +123,10 @@ fn tombstones(books: &Books) -> BTreeMap<VolumeId, Remains> {
             extents: tombstone.extents,
             // The slot's record goes when keys and extents are gone, and not before.
             finished: books.volume(tombstone.volume).is_none(),
+            word: match tombstone.given_up {
+                true => Word::GivenUp,
+                false => Word::Destroyed,
+            },
         };
         (tombstone.volume, remains)
     });
@@ -120,6 +137,7 @@ fn tombstones(books: &Books) -> BTreeMap<VolumeId, Remains> {
             dataset: entry.dataset,
             extents: books.left_of(entry.dataset),
             finished: false,
+            word: Word::Unknown,
         };
         (entry.record.volume, remains)
     });

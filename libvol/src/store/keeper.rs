@@ -350,8 +350,13 @@ impl Keeper {
                 let remains = books.volumes().filter(|(_, entry)| entry.tombstoned);
                 let _ = reply.send(Ok(remains.map(|(_, entry)| entry.record.volume).collect()));
             }
-            Request::Destroy(volume, reply) => {
-                self.in_background(reply, async move |this| this.destroy_volume(volume).await);
+            Request::SetStores(volume, stores, reply) => {
+                self.in_background(reply, async move |this| this.set_stores(volume, stores).await);
+            }
+            Request::Destroy(volume, give_up, reply) => {
+                self.in_background(reply, async move |this| {
+                    this.destroy_volume(volume, give_up).await
+                });
             }
             Request::Progress(volume, reply) => {
                 let _ = reply.send(self.scrub_progress(volume).map_err(|e| self.shared.named(e)));

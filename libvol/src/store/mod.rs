@@ -41,7 +41,7 @@ pub use check::{
 };
 pub use format::{check_sizes, format};
 pub use handle::StoreHandle;
-pub use inspect::{Inspection, LiveVolume, Remains, inspect};
+pub use inspect::{Inspection, LiveVolume, Remains, Word, inspect};
 pub use io::StoreIo;
 pub use keeper::{Opening, begin_open, open};
 pub use layout::{FORMAT_VERSION, scrubbed_bytes};
@@ -229,6 +229,8 @@ pub enum VolumeState {
     Tombstoned {
         /// Extents still PendingScrub.
         extents_left: u32,
+        /// Only this store's replica has gone; the volume lives on elsewhere.
+        given_up: bool,
     },
     /// Never was here.
     Unknown,

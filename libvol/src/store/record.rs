@@ -56,6 +56,7 @@ const LIVE: u8 = 1;
 const TOMBSTONED: u8 = 2;
 const TOMBSTONE: u8 = 1;
 const KEYS_DONE: u8 = 1;
+const GIVEN_UP: u8 = 2;
 const FREE: u8 = 1;
 const ALLOCATED: u8 = 2;
 const PENDING_SCRUB: u8 = 3;
@@ -82,6 +83,8 @@ pub(super) struct Tombstone {
     pub(super) extents: u32,
     /// Both slot copies are overwritten and read back.
     pub(super) keys_done: bool,
+    /// Only this store's replica has gone; the volume lives on elsewhere.
+    pub(super) given_up: bool,
 }
 
 /// State of an extent.
@@ -157,7 +160,9 @@ impl Tombstone {
         let mut image = [0; RECORD_BYTES];
         if let Some(this) = this {
             f::STATE.put_u8(&mut image, TOMBSTONE);
-            f::FLAGS.put_u8(&mut image, if this.keys_done { KEYS_DONE } else { 0 });
+            let flag = |on: bool, bit: u8| if on { bit } else { 0 };
+            let flags = flag(this.keys_done, KEYS_DONE) | flag(this.given_up, GIVEN_UP);
+            f::FLAGS.put_u8(&mut image, flags);
             f::EXTENTS.put_u32(&mut image, this.extents);
             f::VOLUME.put(&mut image, this.volume.as_bytes());
             f::DATASET.put(&mut image, this.dataset.as_bytes());
@@ -175,6 +180,7 @@ impl Tombstone {
                 dataset: DatasetId::from_bytes(f::DATASET.id(image)),
                 extents: f::EXTENTS.u32(image),
                 keys_done: f::FLAGS.u8(image) & KEYS_DONE != 0,
+                given_up: f::FLAGS.u8(image) & GIVEN_UP != 0,
             })),
             _ => None,
         }
@@ -265,6 +271,7 @@ mod tests {
             dataset: DatasetId::random(),
             extents: 9,
             keys_done: true,
+            given_up: true,
         };
         assert_eq!(
             Tombstone::decode(&Tombstone::encode(Some(&tombstone))),

@@ -183,6 +183,23 @@ pub(super) async fn write(
     Ok(())
 }
 
+/// The greatest sequence of the copies that are there.
+///
+/// # Errors
+/// `Io`; `Damaged` when neither copy is a slot.
+pub(super) async fn sequence(shared: &Shared, disk: &Disk, number: u32) -> Result<u64> {
+    let mut greatest = None;
+    for copy in [0, 1] {
+        let at = shared.layout.slot_at(number, copy);
+        let (read, bytes) = disk.read(at, Buf::zeroed(fields::SIZE), 0..fields::SIZE).await;
+        read.map_err(|e| Error::from(e).context(format!("volume slot {number}, copy {}", copy + 1)))?;
+        if let SlotCopy::Valid(sequence, _) = decode(shared.info.id, number, &bytes) {
+            greatest = greatest.max(Some(sequence));
+        }
+    }
+    greatest.ok_or_else(|| Error::damaged(format!("volume slot {number}: both copies are bad")))
+}
+
 /// Writes one copy, syncs and reads it back.
 ///
 /// # Errors

@@ -3,13 +3,16 @@
 //! Destruction, in order, each step durable before the next: tombstone; both slot copies overwritten and read back;
 //! that noted in the tombstone; all extents PendingScrub in one commit; when the last is free, the slot may be used again.
 //! Every step may be repeated, so a destruction that was interrupted is simply begun again. The tombstone stays for ever.
+//!
+//! A replica that is given up, because others have taken its place, goes the same way; its tombstone says so, and the
+//! volume's own destruction later takes that word back.
 
 use super::batch::Step;
 use super::keeper::Keeper;
 use super::record::{MEMBERS_MAX, Tombstone, VolumeEntry, is_volume_size};
 use super::{Change, ScrubProgress, VolumeRecord, VolumeSlot, VolumeState, slots};
 use crate::error::{Error, Result};
-use crate::ids::VolumeId;
+use crate::ids::{StoreId, VolumeId};
 
 /// Where a tombstoned volume's wrapped keys are.
 enum Keys {
@@ -53,9 +56,13 @@ impl Keeper {
         let books = self.books.borrow();
         let volume = slot.volume;
         if books.tombstone(volume).is_some() || books.is_dead(slot.dataset) {
-            return Err(Error::refused(format!(
-                "volume {volume} was destroyed here; it never comes back"
-            )));
+            let given_up = books
+                .tombstone(volume)
+                .is_some_and(|(_, tombstone)| tombstone.given_up);
+            return Err(Error::refused(match given_up {
+                true => format!("volume {volume}: its replica here was given up; use another store"),
+                false => format!("volume {volume} was destroyed here; it never comes back"),
+            }));
         }
         if books.has_unknown_tombstones() {
             return Err(Error::damaged(format!(
@@ -85,13 +92,18 @@ impl Keeper {
     pub(super) fn volume_state(&self, volume: VolumeId) -> Result<VolumeState> {
         let books = self.books.borrow();
         if let Some((_, tombstone)) = books.tombstone(volume) {
-            let extents_left = books.left_of(tombstone.dataset);
-            return Ok(VolumeState::Tombstoned { extents_left });
+            return Ok(VolumeState::Tombstoned {
+                extents_left: books.left_of(tombstone.dataset),
+                given_up: tombstone.given_up,
+            });
         }
         if let Some((_, entry)) = books.volume(volume) {
             if entry.tombstoned {
-                let extents_left = books.left_of(entry.dataset);
-                return Ok(VolumeState::Tombstoned { extents_left });
+                // Its own tombstone cannot be read; what it would have said is not relied on.
+                return Ok(VolumeState::Tombstoned {
+                    extents_left: books.left_of(entry.dataset),
+                    given_up: false,
+                });
             }
             return match self.slots.borrow().live.get(&volume) {
                 Some(Ok(slot)) => Ok(VolumeState::Live(entry.record.clone(), slot.clone())),
@@ -127,10 +139,31 @@ impl Keeper {
         )))
     }
 
-    pub(super) async fn destroy_volume(&self, volume: VolumeId) -> Result<()> {
+    /// Writes the slot anew with another list of stores, copy by copy, each with the next sequence.
+    pub(super) async fn set_stores(&self, volume: VolumeId, stores: Vec<StoreId>) -> Result<()> {
         let _one_at_a_time = self.slot_lock.acquire(1).await;
         self.check_open()?;
-        let Some((keys, place, mut tombstone)) = self.commit_tombstone(volume).await? else {
+        let VolumeState::Live(_, slot) = self.volume_state(volume)? else {
+            return Err(Error::not_found(format!("volume {volume} is not on this store")));
+        };
+        if slot.stores == stores {
+            return Ok(());
+        }
+        let slot = VolumeSlot { stores, ..slot };
+        slots::check_fits(&slot)?;
+        let number = self.books.borrow().volume(volume).map(|(number, _)| number);
+        let number = number.ok_or_else(|| Error::internal(format!("volume {volume} has no record")))?;
+        let sequence = slots::sequence(&self.shared, &self.disk, number).await?;
+        slots::write(&self.shared, &self.disk, number, sequence + 1, &slot).await?;
+        self.slots.borrow_mut().live.insert(volume, Ok(slot));
+        Ok(())
+    }
+
+    /// With `give_up` only this replica goes, and the tombstone says so.
+    pub(super) async fn destroy_volume(&self, volume: VolumeId, give_up: bool) -> Result<()> {
+        let _one_at_a_time = self.slot_lock.acquire(1).await;
+        self.check_open()?;
+        let Some((keys, place, mut tombstone)) = self.commit_tombstone(volume, give_up).await? else {
             return Ok(());
         };
         if !tombstone.keys_done {
@@ -153,7 +186,12 @@ impl Keeper {
 
     /// Makes sure that the volume's tombstone is durable; where its keys are, and the tombstone with its place. `None` when
     /// everything was done before.
-    async fn commit_tombstone(&self, volume: VolumeId) -> Result<Option<(Keys, u32, Tombstone)>> {
+    async fn commit_tombstone(
+        &self,
+        volume: VolumeId,
+        give_up: bool,
+    ) -> Result<Option<(Keys, u32, Tombstone)>> {
+        self.take_back_give_up(volume, give_up).await?;
         let (slot, place, entry, tombstone) = {
             let books = self.books.borrow();
             match (books.volume(volume), books.tombstone(volume)) {
@@ -189,6 +227,7 @@ impl Keeper {
                         dataset: entry.dataset,
                         extents: books.left_of(entry.dataset),
                         keys_done: false,
+                        given_up: give_up,
                     };
                     let entry = VolumeEntry {
                         tombstoned: true,
@@ -202,6 +241,25 @@ impl Keeper {
         self.commit(steps).await?;
         self.slots.borrow_mut().live.remove(&volume);
         Ok(Some((Keys::InSlot(slot), place, tombstone)))
+    }
+
+    /// The volume itself is destroyed now, after its replica here was given up.
+    async fn take_back_give_up(&self, volume: VolumeId, give_up: bool) -> Result<()> {
+        let tombstone = self
+            .books
+            .borrow()
+            .tombstone(volume)
+            .map(|(place, tombstone)| (place, *tombstone));
+        match tombstone {
+            Some((place, tombstone)) if tombstone.given_up && !give_up => {
+                let destroyed = Tombstone {
+                    given_up: false,
+                    ..tombstone
+                };
+                self.commit(vec![Step::Tombstone(place, destroyed)]).await
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Where the keys of a tombstoned volume are whose own record is lost, so that only the slots can tell.

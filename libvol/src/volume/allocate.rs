@@ -127,9 +127,11 @@ impl Core {
         let marks_after = self.dirty.borrow().len() + count as usize;
         let scarce = self.marks_wanted.get() > 0
             || marks_after > self.tuning.dirty_extents_max / 2
-            || self.in_sync().iter().any(|replica| {
-                self.seats[replica].io().handle().space().free < FREE_EXTENTS_FOR_AHEAD + count
-            });
+            || self
+                .in_sync()
+                .iter()
+                .filter_map(|replica| self.seats[replica].io().ok())
+                .any(|io| io.handle().space().free < FREE_EXTENTS_FOR_AHEAD + count);
         if count == 0 || scarce {
             return Vec::new();
         }
@@ -296,11 +298,18 @@ impl Core {
             Some(error) => {
                 for (replica, result) in results.into_iter() {
                     if let Ok(extents) = result {
-                        self.seats[replica].io().handle().unreserve(extents);
+                        self.give_back(replica, extents);
                     }
                 }
                 Err(error)
             }
+        }
+    }
+
+    /// Reserved extents that are not used. (Who lets go of a store waits for all marking to end, so it is still there.)
+    fn give_back(&self, replica: usize, extents: Vec<PhysicalExtent>) {
+        if let Ok(io) = self.seats[replica].io() {
+            io.handle().unreserve(extents);
         }
     }
 
@@ -352,7 +361,7 @@ impl Core {
         let refused = self.take_refused(&mut results);
         for replica in asked.minus(results.places()).iter() {
             let extents = reserved.get(replica).to_vec();
-            self.seats[replica].io().handle().unreserve(extents);
+            self.give_back(replica, extents);
         }
         let Some(why) = refused else {
             return Ok(self.settle_or_stop(results).await?.places());

@@ -106,7 +106,7 @@ impl Core {
         }
         let place = extent.places.get()[replica];
         let number = self.shape.block_index(extent.index, block);
-        let io = seat.io();
+        let io = seat.io()?;
         let sealed = SealedBuf::from_ciphertext(Buf::copy_of(good));
         let rewritten = seat
             .guard(async {
@@ -179,8 +179,9 @@ impl Core {
             buf: self.pool.get(blocks.len() * BLOCK_SIZE),
             unreadable: vec![true; blocks.len()],
         };
-        if blocks.len() > 1 {
-            let io = seat.io();
+        if blocks.len() > 1
+            && let Ok(io) = seat.io()
+        {
             for (at, block) in blocks.enumerate() {
                 let read = seat.guard(async {
                     let (result, buf) = io.read(place, block, self.pool.get(BLOCK_SIZE), BLOCK_SIZE).await;

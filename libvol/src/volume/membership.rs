@@ -8,7 +8,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 use crate::error::Result;
-use crate::ids::{Epoch, VolumeId};
+use crate::ids::{Epoch, StoreId, VolumeId};
 use crate::store::Member;
 
 /// One state of a volume's membership.
@@ -16,13 +16,15 @@ use crate::store::Member;
 pub struct Membership {
     /// Rises with every change.
     pub epoch: Epoch,
-    /// State of each replica, in the order of the slot's `stores`.
+    /// Each place, in the order of the slot's `stores`. A later membership may have more of them.
     pub members: Vec<Standing>,
 }
 
 /// One replica's part of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Standing {
+    /// Its store; nil at a vacant place.
+    pub store: StoreId,
     /// Its state.
     pub state: Member,
     /// Why it is not in sync, for people.

@@ -15,6 +15,7 @@
 //! | replicas hold the same bytes | overlapping writes are ordered by the range lock, which is held until every replica has answered | [`range_lock`], [`write`] |
 //! | no request is cut short with a lock given up too early | what changes anything runs on when its caller goes away | [`core::uncancelled`] |
 //! | damage is seen, and healed from a copy that matches | every read is verified against sums that only completed writes change | [`read`], [`heal`], [`sums`] |
+//! | a replica that moves is given up only when its successor holds everything | places are added and vacated one by one, each durable | [`places`] |
 //! | damage that nobody reads is seen, too | a walk verifies every copy of every block | [`integrity`] |
 //! | a trim is done on all replicas or on none | marked like a write; a release found half done is finished | [`trim`], [`recover`] |
 //!
@@ -42,6 +43,7 @@ mod heal;
 mod integrity;
 mod membership;
 mod missed;
+mod places;
 mod range_lock;
 mod read;
 mod recover;
@@ -332,9 +334,36 @@ impl Volume {
                     seat.name.borrow()
                 )));
             }
-            seat.idle.until(|| seat.is_idle().then_some(())).await;
-            seat.set_io(None);
+            core.let_go_of(seat).await;
             Ok(())
+        })
+        .await
+    }
+
+    /// Takes a store in as a place for one more replica, stale and to be copied whole; [`Volume::rejoin`] brings it in sync.
+    /// Returns its place: the one it has, a vacant one, or a new one.
+    ///
+    /// # Errors
+    /// `NoSpace` when all places are taken; `Io` when it cannot be written down.
+    pub async fn add_replica(&self, store: StoreId, name: String) -> Result<usize> {
+        let core = self.core.clone();
+        uncancelled(async move {
+            let _in_flight = core.begin(0, 0)?;
+            core.take_in(store, name).await
+        })
+        .await
+    }
+
+    /// Makes a replica's place vacant; when this returns, nothing of the volume is in flight on its store. What is there is
+    /// the caller's to destroy.
+    ///
+    /// # Errors
+    /// `Busy` for the last one in sync; `Io` when it cannot be written down.
+    pub async fn remove_replica(&self, place: usize) -> Result<()> {
+        let core = self.core.clone();
+        uncancelled(async move {
+            let _in_flight = core.begin(0, 0)?;
+            core.make_vacant(place).await
         })
         .await
     }

@@ -412,7 +412,7 @@ impl Core {
                 let bytes = run.start * BLOCK_SIZE..run.end * BLOCK_SIZE;
                 let block = blocks.start + run.start as u32;
                 let seat = &self.seats[replica];
-                let io = seat.io();
+                let Ok(io) = seat.io() else { break };
                 let place = extent.places.get()[replica];
                 let written = seat
                     .guard(async { io.write(place, block, &sealed, bytes).await })

@@ -6,7 +6,7 @@
 //! | Dropping | none | no | its staleness is durable, in the register and on all that stay → Stale |
 //! | Stale | none; they are remembered ([`super::missed`]) | no | its store is back ([`super::resync`]) → Joining |
 //! | Joining | of extents it has caught up with, and new ones | no | it has all → InSync; it fails → Stale |
-//! | Vacant | – | – | – |
+//! | Vacant | – | – | a store is taken in ([`super::places`]) → Stale |
 //!
 //! Nobody is told of success while a replica is Dropping: [`Core::settle`] waits, since a cut could bring back a replica
 //! that does not know what it has missed. A request that no replica completes fails, and drops nobody: the last replica in
@@ -99,13 +99,18 @@ impl Seat {
         }
     }
 
-    /// Its store's data path. Only asked of replicas that take requests.
+    /// Its store's data path. A replica that takes requests has it; one that was let go meanwhile has not.
+    ///
+    /// # Errors
+    /// `Unavailable`.
     #[inline]
-    pub(super) fn io(&self) -> Rc<StoreIo> {
-        self.io
-            .borrow()
-            .clone()
-            .expect("a replica that takes requests has its store")
+    pub(super) fn io(&self) -> Result<Rc<StoreIo>> {
+        self.io.borrow().clone().ok_or_else(|| {
+            Error::unavailable(format!(
+                "the replica on store \"{}\" was let go",
+                self.name.borrow()
+            ))
+        })
     }
 
     pub(super) fn set_io(&self, io: Option<Rc<StoreIo>>) {
@@ -332,8 +337,10 @@ impl Core {
             *place = replica;
         }
         let ask = |nth: usize| {
-            let seat = &self.seats[places[nth]];
-            seat.guard(each(places[nth], seat.io()))
+            let (place, each) = (places[nth], &each);
+            let seat = &self.seats[place];
+            let io = seat.io();
+            async move { seat.guard(each(place, io?)).await }
         };
         let mut results = Each::none();
         match count {
@@ -425,11 +432,17 @@ impl Core {
     /// The replica takes nothing more from now on; a task makes that durable.
     fn begin_drop(&self, replica: usize, reason: String) {
         let seat = &self.seats[replica];
+        tracing::error!(volume = %self.label, store = %seat.name.borrow(), "replica dropped: {reason}");
+        self.begin_leaving(replica, reason);
+    }
+
+    /// As when it is dropped, for a replica that is to go.
+    pub(super) fn begin_leaving(&self, replica: usize, reason: String) {
+        let seat = &self.seats[replica];
         assert!(
             self.in_sync().len() > 1,
             "the last replica in sync is never dropped"
         );
-        tracing::error!(volume = %self.label, store = %seat.name.borrow(), "replica dropped: {reason}");
         seat.role.set(Role::Dropping);
         seat.reason.replace(Some(reason));
         self.miss_all_marked(seat);
@@ -493,6 +506,7 @@ impl Core {
     /// The membership as it stands in memory.
     pub(super) fn membership_now(&self) -> Membership {
         let members = self.seats[..self.places.get()].iter().map(|seat| Standing {
+            store: seat.store.get(),
             state: match seat.role.get() {
                 Role::InSync => Member::InSync,
                 Role::Vacant => Member::Vacant,

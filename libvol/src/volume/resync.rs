@@ -164,7 +164,7 @@ impl Core {
                 continue;
             }
             self.release_surplus(replica).await?;
-            let io = seat.io();
+            let io = seat.io()?;
             seat.guard(async move { io.flush().await }).await?;
             if !joins() || !seat.missed.borrow().is_empty() || !seat.places.borrow().is_empty() {
                 continue;
@@ -261,7 +261,7 @@ impl Core {
 
     async fn mark_on(&self, replica: usize, place: PhysicalExtent) -> Result<PhysicalExtent> {
         let seat = &self.seats[replica];
-        let io = seat.io();
+        let io = seat.io()?;
         seat.guard(async { self.commit_patiently(&io, &[Change::Mark(place)]).await })
             .await?;
         Ok(place)
@@ -269,7 +269,7 @@ impl Core {
 
     async fn allocate_on(&self, replica: usize, logical: ExtentIndex) -> Result<PhysicalExtent> {
         let seat = &self.seats[replica];
-        let io = seat.io();
+        let io = seat.io()?;
         let place = seat.guard(io.handle().reserve(1)).await?[0];
         let allocate = Change::Allocate {
             physical: place,
@@ -298,7 +298,7 @@ impl Core {
         compare: bool,
     ) -> Result<()> {
         let seat = &self.seats[replica];
-        let io = seat.io();
+        let io = seat.io()?;
         let len = blocks.len() * BLOCK_SIZE;
         let source = self.read_good(extent, blocks.clone()).await?;
         let mut wanted = vec![true; blocks.len()];
@@ -372,7 +372,7 @@ impl Core {
             gone.map(|(index, place)| (*index, *place)).collect()
         };
         for batch in surplus.chunks(VOLUME_EXTENTS_PER_COMMIT) {
-            let io = seat.io();
+            let io = seat.io()?;
             let changes = batch.iter().map(|(_, place)| Change::Release(*place)).collect();
             seat.guard(io.handle().commit(changes)).await?;
             // One that was allocated anew meanwhile is missed, and is now allocated there like any other.

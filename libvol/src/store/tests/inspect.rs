@@ -23,7 +23,7 @@ fn live_volumes_come_with_record_slot_and_extents_destroyed_ones_as_remains() {
         }
         store.destroy_volume(ids[0]).await.unwrap();
         store.scrubbed(ids[0]).await.unwrap();
-        store.destroy_volume(ids[1]).await.unwrap();
+        store.give_up_volume(ids[1]).await.unwrap();
         // Not closed, and the scrubber not waited for: as after a cut.
         store.info().clone()
     });
@@ -49,6 +49,7 @@ fn live_volumes_come_with_record_slot_and_extents_destroyed_ones_as_remains() {
         (datasets[0], 3, true)
     );
     assert_eq!((going.dataset, going.extents), (datasets[1], 4));
+    assert_eq!((gone.word, going.word), (Word::Destroyed, Word::GivenUp));
     assert!(!going.finished, "its extents are not free yet");
     assert!(seen.unreadable_volumes.is_empty() && !seen.unreadable_tombstones);
     // It wrote nothing.

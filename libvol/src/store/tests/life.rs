@@ -192,7 +192,10 @@ fn a_destroyed_volume_leaves_no_key_and_no_data_and_never_comes_back() {
     with_store(12, media, async move |store| {
         assert_eq!(
             store.volume(id).await.unwrap(),
-            VolumeState::Tombstoned { extents_left: 0 }
+            VolumeState::Tombstoned {
+                extents_left: 0,
+                given_up: false
+            }
         );
         assert_eq!(
             store.add_volume(again.0, again.1).await.unwrap_err().kind(),

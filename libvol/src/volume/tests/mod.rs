@@ -7,6 +7,7 @@ mod life;
 mod marks;
 mod membership;
 mod model;
+mod places;
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -113,6 +114,7 @@ struct Memory(std::cell::RefCell<Membership>);
 impl Memory {
     fn new(replicas: usize) -> Rc<Self> {
         let standing = Standing {
+            store: StoreId::NIL,
             state: Member::InSync,
             reason: None,
             full_copy: false,
@@ -171,7 +173,9 @@ impl Stores {
             size_bytes,
             sealer: Sealer::new(DATASET, &key).unwrap(),
             key_version: KeyVersion(1),
-            replicas: (0..self.ios.len()).map(|replica| self.replica(replica)).collect(),
+            replicas: (0..self.register.0.borrow().members.len())
+                .map(|place| self.replica(place))
+                .collect(),
             membership_epoch: self.register.0.borrow().epoch,
             register: self.register.clone(),
         }
