@@ -25,7 +25,9 @@ pub(crate) enum Command {
     Serve(Serve),
     /// Check catalog, stores and replicas of a stopped daemon; exit 1 when anything is damaged.
     Check(Check),
-    /// Let a stopped daemon use a store again whose device failed, after you have looked at the device.
+    /// Make a new catalog from the stores and the keystore, after the old one was lost or damaged.
+    RebuildCatalog(RebuildCatalog),
+    /// Let a stopped daemon use a store again whose device failed, or that is an old copy, after you have looked at it.
     ClearFault(ClearFault),
 }
 
@@ -55,6 +57,23 @@ pub(crate) struct Check {
     /// Skip the free extents, which should hold zeros.
     #[arg(long)]
     pub(crate) quick: bool,
+    /// Repair what can be repaired, and check again; exit 1 when damage is left.
+    #[arg(long)]
+    pub(crate) repair: bool,
+}
+
+/// `vold rebuild-catalog`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct RebuildCatalog {
+    /// Directory of the stopped daemon; its keys must be in it.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data_dir: PathBuf,
+    /// File or device of a store; give every store of the installation.
+    #[arg(long = "store", value_name = "PATH", required = true, num_args = 1..)]
+    pub(crate) stores: Vec<PathBuf>,
+    /// Go on without the volumes and replicas that cannot be had any more; they are listed.
+    #[arg(long)]
+    pub(crate) accept_loss: bool,
 }
 
 /// `vold clear-fault`.
@@ -97,6 +116,8 @@ mod tests {
             &["vold", "serve", "--data-dir", "/x", "--shards", "0"],
             &["vold", "serve", "--data-dir", "/x", "--io-engine", "spdk"],
             &["vold", "check"],
+            &["vold", "rebuild-catalog", "--data-dir", "/x"],
+            &["vold", "rebuild-catalog", "--data-dir", "/x", "--store"],
             &["vold", "mend"],
         ] {
             let error = Args::try_parse_from(wrong).unwrap_err();

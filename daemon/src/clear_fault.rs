@@ -1,41 +1,68 @@
-//! `vold clear-fault`: an operator's word that a store whose sync or metadata write failed may be used again.
+//! `vold clear-fault`: an operator's word that a store may be used again as it is, whose sync or metadata write failed, or
+//! which is an old copy and holds the last replica in sync of a volume.
 //!
 //! Offline, so that a running daemon never sees a latch open under it. The next start opens the store like after any
-//! unclean stop: its dirty extents are reconciled. What a failed device lost beyond them, the checksums find on read.
+//! unclean stop: its dirty extents are reconciled. What a failed device lost beyond them, the checksums find on read; what an
+//! old copy lacks, nothing finds.
 
-use libvol::catalog::{Catalog, StoreRecord};
+use libvol::catalog::{Catalog, StoreRecord, VolumeRecord};
 use libvol::{Error, Result};
 
 use crate::args::ClearFault;
 use crate::data_dir::DataDir;
 
-/// Clears the latch in the catalog.
+/// What kept a store or its volumes out of use.
+#[derive(Debug, PartialEq, Eq)]
+struct Cleared {
+    /// Why the store was latched.
+    fault: Option<String>,
+    /// Volumes, by name, whose last replica was an old copy there.
+    volumes: Vec<String>,
+}
+
+/// Clears it in the catalog.
 ///
 /// # Errors
-/// `Busy` while a daemon runs; `NotFound` for an unknown directory or store; `Invalid` when the store is not latched.
+/// `Busy` while a daemon runs; `NotFound` for an unknown directory or store; `Invalid` when there is nothing to clear.
 pub(crate) fn run(args: &ClearFault) -> Result<()> {
     let dirs = DataDir::take_existing(&args.data_dir)?;
-    let cleared = clear(&Catalog::open(&dirs.catalog())?, args.store.as_str())?;
-    println!(
-        "store {:?}: cleared; it had failed with: {cleared}",
-        args.store.as_str()
-    );
+    let name = args.store.as_str();
+    let cleared = clear(&Catalog::open(&dirs.catalog())?, name)?;
+    if let Some(fault) = cleared.fault {
+        println!("store {name:?}: cleared; it had failed with: {fault}");
+    }
+    for volume in cleared.volumes {
+        println!(
+            "store {name:?}: what it holds of volume {volume} is served as it is from the next start on"
+        );
+    }
     Ok(())
 }
 
-/// Clears it; the reason it was latched for.
-fn clear(catalog: &Catalog, name: &str) -> Result<String> {
+fn clear(catalog: &Catalog, name: &str) -> Result<Cleared> {
     catalog.write(|tx| {
         let mut store = tx
             .named::<StoreRecord>(name)?
             .ok_or_else(|| Error::not_found(format!("there is no store {name:?}")))?;
-        let fault = store.fault.take().ok_or_else(|| {
-            Error::invalid(format!(
-                "store {name:?} is not latched faulty; there is nothing to clear"
-            ))
-        })?;
+        let fault = store.fault.take().map(|fault| fault.reason);
         tx.update(&store)?;
-        Ok(fault.reason)
+        let mut volumes = Vec::new();
+        for mut volume in tx.all::<VolumeRecord>()? {
+            let mut replicas = volume.replicas.iter_mut();
+            let Some(replica) = replicas.find(|r| r.store == store.id && r.is_old_and_last()) else {
+                continue;
+            };
+            replica.full_copy = false;
+            replica.reason = None;
+            tx.update(&volume)?;
+            volumes.push(volume.path.to_string());
+        }
+        if fault.is_none() && volumes.is_empty() {
+            return Err(Error::invalid(format!(
+                "store {name:?} is not latched faulty, and holds no last replica that is an old copy; there is nothing to clear"
+            )));
+        }
+        Ok(Cleared { fault, volumes })
     })
 }
 
@@ -43,15 +70,12 @@ fn clear(catalog: &Catalog, name: &str) -> Result<String> {
 mod tests {
     use super::*;
     use libvol::Kind;
-    use libvol::catalog::StoreFault;
-    use libvol::ids::StoreId;
+    use libvol::catalog::{Phase, ReplicaRecord, StoreFault};
+    use libvol::ids::{CustomerId, DatasetId, Epoch, StoreId, VolumeId};
+    use libvol::store::{Lineage, Member};
 
-    #[test]
-    fn a_latch_is_cleared_once_and_durably() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("catalog.redb");
-        let catalog = Catalog::open(&path).unwrap();
-        let store = StoreRecord {
+    fn store() -> StoreRecord {
+        StoreRecord {
             id: StoreId::random(),
             name: "a".parse().unwrap(),
             path: "/a".into(),
@@ -60,15 +84,26 @@ mod tests {
             extents: 1,
             allow_buffered: false,
             leaving: None,
+            lineage: Lineage::default(),
             fault: Some(StoreFault {
                 reason: "sync: Input/output error".into(),
                 since_unix_seconds: 1,
             }),
             created_unix_seconds: 1,
-        };
+        }
+    }
+
+    #[test]
+    fn a_latch_is_cleared_once_and_durably() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("catalog.redb");
+        let catalog = Catalog::open(&path).unwrap();
+        let store = store();
         catalog.write(|tx| tx.insert(&store)).unwrap();
         assert_eq!(clear(&catalog, "b").unwrap_err().kind(), Kind::NotFound);
-        assert_eq!(clear(&catalog, "a").unwrap(), "sync: Input/output error");
+        let cleared = clear(&catalog, "a").unwrap();
+        assert_eq!(cleared.fault.as_deref(), Some("sync: Input/output error"));
+        assert_eq!(cleared.volumes, [""; 0]);
         assert_eq!(clear(&catalog, "a").unwrap_err().kind(), Kind::Invalid);
         drop(catalog);
         let kept = Catalog::open(&path)
@@ -77,5 +112,50 @@ mod tests {
             .unwrap()
             .unwrap();
         assert_eq!(kept, StoreRecord { fault: None, ..store });
+    }
+
+    #[test]
+    fn an_old_copy_is_accepted_for_the_volumes_that_have_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(&dir.path().join("catalog.redb")).unwrap();
+        let store = StoreRecord {
+            fault: None,
+            ..store()
+        };
+        let volume = |name: &str, state| VolumeRecord {
+            replicas_wanted: 2,
+            id: VolumeId::random(),
+            path: format!("acme/{name}").parse().unwrap(),
+            customer: CustomerId::random(),
+            dataset: DatasetId::random(),
+            size_bytes: 4096,
+            replicas: vec![ReplicaRecord {
+                state,
+                full_copy: true,
+                reason: Some("old".into()),
+                ..ReplicaRecord::in_sync(store.id)
+            }],
+            membership_epoch: Epoch(1),
+            attachment_epoch: Epoch(0),
+            phase: Phase::Ready,
+            created_unix_seconds: 1,
+        };
+        let (last, stale) = (volume("last", Member::InSync), volume("stale", Member::Stale));
+        catalog
+            .write(|tx| {
+                tx.insert(&store)?;
+                tx.insert(&last)?;
+                tx.insert(&stale)
+            })
+            .unwrap();
+        let cleared = clear(&catalog, "a").unwrap();
+        assert_eq!(
+            (cleared.fault, cleared.volumes),
+            (None, vec!["acme/last".to_owned()])
+        );
+        let kept = |id| catalog.read(|v| v.get::<VolumeRecord>(id)).unwrap().unwrap();
+        assert_eq!(kept(last.id).replicas, [ReplicaRecord::in_sync(store.id)]);
+        assert_eq!(kept(stale.id), stale);
+        assert_eq!(clear(&catalog, "a").unwrap_err().kind(), Kind::Invalid);
     }
 }

@@ -62,6 +62,24 @@ impl DataDir {
         Ok(Self { path, _lock: lock })
     }
 
+    /// Refuses to begin anew where keys tell that there was a catalog: a fresh one would be another installation's, and every
+    /// store would be a stranger to it. (A first start makes the catalog before the keystore.)
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub(crate) fn check_catalog_not_lost(&self) -> Result<()> {
+        let catalog = self.catalog();
+        if catalog.exists() || !self.has_keystore() {
+            return Ok(());
+        }
+        Err(Error::not_found(format!(
+            "{}: the catalog is not there, and the keystore beside it is; put the catalog back, or make a new one from \
+             the stores: vold rebuild-catalog --data-dir {} --store PATH... (to begin with nothing, move the directory away)",
+            catalog.display(),
+            self.path.display()
+        )))
+    }
+
     /// Takes the existing directory of a stopped daemon, for an offline check.
     ///
     /// # Errors
@@ -78,6 +96,30 @@ impl DataDir {
             path: path.to_owned(),
             _lock: lock(path)?,
         })
+    }
+
+    /// Takes the directory of a stopped daemon whose catalog is to be rebuilt: its keys must be there.
+    ///
+    /// # Errors
+    /// `NotFound`, `Busy`, `Refused`.
+    pub(crate) fn take_for_rebuild(path: &Path) -> Result<Self> {
+        let keystore = path.join("keys/keystore");
+        if !keystore.exists() {
+            return Err(Error::not_found(format!(
+                "{}: there is no keystore; put DIR/keys back from a backup first, without it no volume can be opened",
+                keystore.display()
+            )));
+        }
+        check_own(path)?;
+        Ok(Self {
+            path: path.to_owned(),
+            _lock: lock(path)?,
+        })
+    }
+
+    /// Whether the keystore was ever made. Opening it would make an empty one.
+    pub(crate) fn has_keystore(&self) -> bool {
+        self.keys().join("keystore").exists()
     }
 
     /// The catalog's file.

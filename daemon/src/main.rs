@@ -9,6 +9,7 @@ mod data_dir;
 mod nbd;
 mod operations;
 mod process;
+mod rebuild;
 mod serve;
 mod shard;
 
@@ -23,7 +24,8 @@ fn main() -> ExitCode {
     let args = Args::parse();
     let result = process::harden().and_then(|()| match args.command {
         Command::Serve(serve) => serve::run(&serve).map(|()| ExitCode::SUCCESS),
-        Command::Check(check) => check::run(&check.data_dir, check.scope()),
+        Command::Check(check) => check::run(&check.data_dir, check.scope(), check.repair),
+        Command::RebuildCatalog(rebuild) => rebuild::run(&rebuild).map(|()| ExitCode::SUCCESS),
         Command::ClearFault(clear) => clear_fault::run(&clear).map(|()| ExitCode::SUCCESS),
     });
     result.unwrap_or_else(|e| {

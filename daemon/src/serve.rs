@@ -42,6 +42,7 @@ async fn serve(args: &Serve, config: &Config) -> Result<()> {
     let _caught = listen_for(SignalKind::from_raw(SIGXFSZ))?;
     let dirs = DataDir::take(&args.data_dir)?;
     let api_socket = dirs.api_socket();
+    dirs.check_catalog_not_lost()?;
     let catalog = Catalog::open(&dirs.catalog())?;
     let keys = LocalKeystore::open_or_create(&dirs.keys())?;
     for finding in keys.findings() {

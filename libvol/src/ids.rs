@@ -63,6 +63,8 @@ uuid_ids! {
     InstallationId,
     /// One store.
     StoreId,
+    /// One opening of a store: drawn anew each time, so that an old copy of the store is told from it.
+    Incarnation,
     /// One customer.
     CustomerId,
     /// One VM.

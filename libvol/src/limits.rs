@@ -39,6 +39,8 @@ pub const STORES_MAX: usize = 256;
 
 /// Write-intent marks a store may hold; the cleaner gates writers of new extents beyond it.
 pub const DIRTY_MARKS_PER_STORE: usize = 8192;
+/// How often what a store has committed is noted in the catalog. A store that is rolled back by less goes unnoticed.
+pub const LINEAGE_FLOOR_SECONDS: u64 = 10;
 
 /// Longest payload of one NBD request: 32 MiB, as the protocol recommends.
 pub const NBD_PAYLOAD_MAX: u32 = 32 << 20;

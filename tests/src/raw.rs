@@ -38,7 +38,7 @@ pub enum State {
 }
 
 /// An extent's record.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
     /// Number on this store.
     pub physical: u32,
@@ -130,6 +130,11 @@ impl RawStore {
     /// Offset and length of one of the regions.
     fn region(&self, at: usize) -> (u64, u64) {
         (u64_at(&self.superblock, at), u64_at(&self.superblock, at + 8))
+    }
+
+    /// Offset of the volume slots and their length.
+    pub fn slot_region(&self) -> (u64, u64) {
+        self.region(208)
     }
 
     /// Offset of the redo log and its length.

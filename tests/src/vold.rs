@@ -286,6 +286,34 @@ impl Vold {
         format!("{out}{err}")
     }
 
+    /// `vold rebuild-catalog` of the stopped daemon's directory from these files, with more arguments.
+    pub fn rebuild_command(&self, stores: &[PathBuf], more: &[&str]) -> Command {
+        let mut command = Command::new(workspace_binary("vold"));
+        command
+            .args(["rebuild-catalog", "--data-dir"])
+            .arg(self.data_dir())
+            .stdin(Stdio::null());
+        for store in stores {
+            command.arg("--store").arg(store);
+        }
+        command.args(more);
+        command
+    }
+
+    /// A rebuild that must succeed; gives its report.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn rebuild(&self, stores: &[PathBuf], more: &[&str]) -> String {
+        let output = self
+            .rebuild_command(stores, more)
+            .output()
+            .expect("vold rebuild-catalog starts");
+        let (out, err) = texts(&output);
+        assert_eq!(output.status.code(), Some(0), "vold rebuild-catalog\n{out}{err}");
+        out
+    }
+
     /// `volctl` with these words (split at blanks) against this daemon.
     pub fn volctl(&self, words: &str) -> Command {
         let mut command = Command::new(workspace_binary("volctl"));

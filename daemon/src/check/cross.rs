@@ -4,33 +4,45 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use libvol::Result;
 use libvol::catalog::{
-    AttachmentRecord, CustomerRecord, Phase, StoreRecord, Tombstone, View, VmRecord, VolumeRecord,
+    AttachmentRecord, CustomerRecord, DestroyRecord, Phase, StoreRecord, Tombstone, View, VmRecord,
+    VolumeRecord,
 };
 use libvol::ids::{CustomerId, StoreId, VmId, VolumeId};
-use libvol::store::{CheckReport, Finding, Member, VolumeReport};
+use libvol::store::{CheckReport, Finding, Member, Verdict, VolumeReport};
 
 /// What the catalog says.
 #[derive(Default)]
-pub(super) struct Known {
-    pub(super) stores: Vec<StoreRecord>,
-    pub(super) customers: Vec<CustomerRecord>,
-    pub(super) vms: Vec<VmRecord>,
-    pub(super) volumes: Vec<VolumeRecord>,
-    pub(super) attachments: Vec<AttachmentRecord>,
-    pub(super) tombstones: Vec<Tombstone>,
+pub(crate) struct Known {
+    pub(crate) stores: Vec<StoreRecord>,
+    pub(crate) customers: Vec<CustomerRecord>,
+    pub(crate) vms: Vec<VmRecord>,
+    pub(crate) volumes: Vec<VolumeRecord>,
+    pub(crate) attachments: Vec<AttachmentRecord>,
+    pub(crate) destroys: Vec<DestroyRecord>,
+    pub(crate) tombstones: Vec<Tombstone>,
 }
 
 impl Known {
     /// All of it.
-    pub(super) fn load(view: &View<'_>) -> Result<Self> {
+    pub(crate) fn load(view: &View<'_>) -> Result<Self> {
         Ok(Self {
             stores: view.all()?,
             customers: view.all()?,
             vms: view.all()?,
             volumes: view.all()?,
             attachments: view.all()?,
+            destroys: view.all()?,
             tombstones: view.all()?,
         })
+    }
+
+    /// A replica that the catalog calls out of sync is not held to the others, whatever its store believes.
+    pub(super) fn overrule(&self, report: &mut CheckReport) {
+        for volume in &self.volumes {
+            if let Some(here) = report.volumes.get_mut(&volume.id) {
+                here.in_sync &= volume.is_in_sync_on(report.store);
+            }
+        }
     }
 }
 
@@ -46,6 +58,7 @@ pub(super) fn cross_check(known: &Known, reports: &[&CheckReport]) -> Vec<Findin
             )));
         }
     }
+    check_lineage(known, reports, &mut findings);
     let reports: BTreeMap<StoreId, &CheckReport> =
         reports.iter().map(|report| (report.store, *report)).collect();
     let customers: BTreeSet<CustomerId> = known.customers.iter().map(|c| c.id).collect();
@@ -61,6 +74,23 @@ pub(super) fn cross_check(known: &Known, reports: &[&CheckReport]) -> Vec<Findin
     check_unknown(known, &reports, &mut findings);
     check_attachments(known, &mut findings);
     findings
+}
+
+/// Stores that are not what the catalog remembers.
+fn check_lineage(known: &Known, reports: &[&CheckReport], findings: &mut Vec<Finding>) {
+    for report in reports {
+        let record = known.stores.iter().find(|store| store.id == report.store);
+        let name = report.name.as_str();
+        match record.map(|record| record.lineage.judge(&report.found)) {
+            None | Some(Verdict::Continues) => {}
+            Some(Verdict::OldCopy(why)) => findings.push(Finding::damage(format!(
+                "store {name:?}: is an old copy: {why}; at the next start its replicas are stale"
+            ))),
+            Some(Verdict::Ahead(why)) => findings.push(Finding::damage(format!(
+                "store {name:?}: was opened after this catalog was written ({why}): the catalog is an old copy"
+            ))),
+        }
+    }
 }
 
 fn check_volume(
@@ -162,6 +192,13 @@ fn check_unknown(known: &Known, reports: &BTreeMap<StoreId, &CheckReport>, findi
         .iter()
         .flat_map(|volume| volume.held().map(|(_, replica)| (volume.id, replica.store)))
         .collect();
+    let being_destroyed: BTreeSet<(VolumeId, StoreId)> = known
+        .destroys
+        .iter()
+        .flat_map(|job| job.stores.iter().map(|part| (job.volume, part)))
+        .filter(|(_, part)| !part.done)
+        .map(|(volume, part)| (volume, part.store))
+        .collect();
     let destroyed: BTreeSet<VolumeId> = known.tombstones.iter().map(|t| t.volume).collect();
     for (store, report) in reports {
         for id in report
@@ -171,17 +208,23 @@ fn check_unknown(known: &Known, reports: &BTreeMap<StoreId, &CheckReport>, findi
         {
             let name = report.name.as_str();
             let is_leaving = |record: &StoreRecord| record.id == *store && record.leaving.is_some();
-            if known.stores.iter().any(is_leaving) && known.volumes.iter().any(|volume| volume.id == *id) {
-                findings.push(Finding::note(format!(
+            let has_moved =
+                known.stores.iter().any(is_leaving) && known.volumes.iter().any(|volume| volume.id == *id);
+            findings.push(if being_destroyed.contains(&(*id, *store)) {
+                Finding::note(format!(
+                    "store {name:?}: the destruction of volume {id} is not finished; the next start goes on with it"
+                ))
+            } else if has_moved {
+                Finding::note(format!(
                     "store {name:?}: the replica of volume {id} has moved; what is left of it here is destroyed when vold runs"
-                )));
-                continue;
-            }
-            findings.push(Finding::damage(if destroyed.contains(id) {
-                format!("store {name:?}: volume {id} was destroyed and is there again")
+                ))
+            } else if destroyed.contains(id) {
+                Finding::damage(format!(
+                    "store {name:?}: volume {id} was destroyed and is there again"
+                ))
             } else {
-                format!("store {name:?}: volume {id} is not in the catalog")
-            }));
+                Finding::damage(format!("store {name:?}: volume {id} is not in the catalog"))
+            });
         }
     }
 }
@@ -207,11 +250,11 @@ fn check_attachments(known: &Known, findings: &mut Vec<Finding>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use libvol::catalog::ReplicaRecord;
+    use libvol::catalog::{DestroyedStore, ReplicaRecord};
     use libvol::control::Protocol;
-    use libvol::ids::{AttachmentId, CmkId, DatasetId, Epoch, KeyVersion};
+    use libvol::ids::{AttachmentId, CmkId, DatasetId, Epoch, Incarnation, KeyVersion};
     use libvol::keys::WrappedKey;
-    use libvol::store::{Severity, VolumeSlot};
+    use libvol::store::{Found, Lineage, Severity, VolumeSlot};
 
     /// One volume on two stores, attached, and everything in order.
     fn consistent() -> (Known, Vec<CheckReport>) {
@@ -239,6 +282,7 @@ mod tests {
                 allow_buffered: false,
                 fault: None,
                 leaving: None,
+                lineage: Default::default(),
                 created_unix_seconds: 1,
             })
             .into();
@@ -287,7 +331,13 @@ mod tests {
             .map(|store| CheckReport {
                 store: store.id,
                 name: store.name.clone(),
+                found: Found {
+                    incarnation: Incarnation::NIL,
+                    sequence: 3,
+                    lsn: 7,
+                },
                 findings: Vec::new(),
+                unclean: Vec::new(),
                 volumes: BTreeMap::from([(
                     volume.id,
                     VolumeReport {
@@ -308,6 +358,7 @@ mod tests {
             vms: vec![vm],
             volumes: vec![volume],
             attachments: vec![attachment],
+            destroys: Vec::new(),
             tombstones: Vec::new(),
         };
         (known, reports)
@@ -333,6 +384,15 @@ mod tests {
     fn every_contradiction_is_one_line_of_damage() {
         let table: &[(&str, Change)] = &[
             ("does not hold it", |_, reports| reports[1].volumes.clear()),
+            ("\"b\": is an old copy", |known, reports| {
+                known.stores[1].lineage = Lineage::of(&reports[1].found);
+                reports[1].found.lsn -= 1;
+            }),
+            ("the catalog is an old copy", |known, reports| {
+                known.stores[1].lineage = Lineage::of(&reports[1].found);
+                reports[1].found.incarnation = Incarnation::random();
+                reports[1].found.sequence += 1;
+            }),
             ("dataset", |_, reports| {
                 here(reports).dataset = DatasetId::random()
             }),
@@ -397,6 +457,20 @@ mod tests {
     }
 
     #[test]
+    fn a_vacant_place_is_no_replica_and_what_its_store_holds_there_is_damage() {
+        for replica in [0, 1] {
+            let (mut known, mut reports) = consistent();
+            known.volumes[0].replicas[replica].state = Member::Vacant;
+            let found = findings(&known, &reports);
+            assert_eq!(found.len(), 1, "{found:?}");
+            assert!(found[0].text.contains("is not in the catalog"), "{found:?}");
+            reports.remove(replica);
+            known.stores.remove(replica);
+            assert_eq!(findings(&known, &reports), []);
+        }
+    }
+
+    #[test]
     fn what_the_next_start_puts_right_is_a_note() {
         let table: &[(&str, Change)] = &[
             ("creation was interrupted", |known, reports| {
@@ -411,6 +485,33 @@ mod tests {
             }),
             ("a resize was interrupted", |_, reports| {
                 here(reports).size_bytes = 16384
+            }),
+            ("is out of sync", |known, _| {
+                known.volumes[0].replicas[1].state = Member::Stale;
+                known.volumes[0].membership_epoch = Epoch(2);
+            }),
+            ("destruction of volume", |known, reports| {
+                known.attachments.clear();
+                let volume = known.volumes.remove(0);
+                let part = |store: &StoreRecord, done| DestroyedStore {
+                    lost: false,
+                    store: store.id,
+                    extents: 0,
+                    done,
+                };
+                known.destroys.push(DestroyRecord {
+                    volume: volume.id,
+                    path: volume.path,
+                    customer: volume.customer,
+                    stores: vec![part(&known.stores[0], true), part(&known.stores[1], false)],
+                    started_unix_seconds: 1,
+                    finished_unix_seconds: None,
+                });
+                known.tombstones.push(Tombstone {
+                    volume: volume.id,
+                    dataset: volume.dataset,
+                });
+                reports[0].volumes.clear();
             }),
         ];
         for (text, change) in table {

@@ -3,21 +3,28 @@
 //! Catalog (a verified copy in memory), every store on its own, the replicas of every volume against each other, and the
 //! catalog against the stores ([`cross`]). What an unclean stop leaves and the next start puts right is a note, not
 //! damage. Status 0: clean; 1: damaged, or a store could not be looked at.
+//!
+//! With `--repair`: looked at, repaired ([`repair`]), and looked at again; what is gone was repaired, what is there is left.
 
 mod cross;
+mod repair;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::ExitCode;
 
 use libvol::catalog::{Catalog, StoreRecord};
 use libvol::disk::{DiskFile, EngineChoice, OpenMode, make_driver};
+use libvol::ids::{PhysicalExtent, StoreId};
 use libvol::limits::STORE_LOCK_WAIT;
 use libvol::runtime::Runtime;
 use libvol::store::{self, CheckReport, CheckScope, Expect, Finding, Severity};
-use libvol::{Error, Kind, Result};
+use libvol::{Kind, Result};
 
 use crate::data_dir::DataDir;
-use cross::{Known, cross_check};
+use cross::cross_check;
+
+pub(crate) use cross::Known;
 
 /// One store after its own check.
 struct Checked {
@@ -26,21 +33,58 @@ struct Checked {
     report: CheckReport,
 }
 
-/// Checks a data directory and prints what it finds.
+/// All that was found.
+struct Examined {
+    known: Known,
+    findings: Vec<Finding>,
+    /// Free extents that are not zero.
+    unclean: BTreeMap<StoreId, Vec<PhysicalExtent>>,
+}
+
+/// Checks a data directory, repairs it if that is asked for, and prints what was found, done and left.
 ///
 /// # Errors
 /// `Busy` while a daemon runs, `NotFound`; `Damaged` when not even the catalog can be read.
-pub(crate) fn run(dir: &Path, scope: CheckScope) -> Result<ExitCode> {
+pub(crate) fn run(dir: &Path, scope: CheckScope, repairs: bool) -> Result<ExitCode> {
     let dirs = DataDir::take_existing(dir)?;
     let catalog = Catalog::open_copy(&dirs.catalog())?;
-    let known = catalog.read(Known::load)?;
-    let (driver, _) = make_driver(EngineChoice::Auto)?;
     let installation = catalog.installation();
-    let findings = Runtime::new(driver).block_on(async move {
-        let expect = |record: &StoreRecord| Expect {
-            installation: Some(installation),
-            store: Some(record.id),
-        };
+    let expect = move |record: &StoreRecord| Expect {
+        installation: Some(installation),
+        store: Some(record.id),
+    };
+    let found = examine(&catalog, expect, scope)?;
+    if !repairs {
+        return Ok(print(found.findings));
+    }
+    let before = damages(&found.findings);
+    repair::repair(&dirs, found.known, expect, found.unclean)?;
+    println!("checking again");
+    // It may have latched a store.
+    let catalog = Catalog::open_copy(&dirs.catalog())?;
+    let left = examine(&catalog, expect, scope)?.findings;
+    for gone in before.difference(&damages(&left)) {
+        println!("repaired: {gone}");
+    }
+    Ok(print(left))
+}
+
+fn damages(findings: &[Finding]) -> BTreeSet<String> {
+    let damages = findings.iter().filter(|f| f.severity == Severity::Damage);
+    damages.map(|finding| finding.text.clone()).collect()
+}
+
+fn runtime() -> Result<Runtime> {
+    Ok(Runtime::new(make_driver(EngineChoice::Auto)?.0))
+}
+
+fn examine(
+    catalog: &Catalog,
+    expect: impl Fn(&StoreRecord) -> Expect + 'static,
+    scope: CheckScope,
+) -> Result<Examined> {
+    let known = catalog.read(Known::load)?;
+    runtime()?.block_on(async move {
         let mut findings = Vec::new();
         let mut checked = Vec::new();
         for record in &known.stores {
@@ -60,10 +104,13 @@ pub(crate) fn run(dir: &Path, scope: CheckScope) -> Result<ExitCode> {
             });
             findings.extend(named);
         }
-        let pairs: Vec<_> = checked.iter().map(|store| (&store.file, &store.report)).collect();
-        findings.extend(store::compare_replicas(&pairs).await?);
         let reports: Vec<_> = checked.iter().map(|store| &store.report).collect();
         findings.extend(cross_check(&known, &reports));
+        for store in &mut checked {
+            known.overrule(&mut store.report);
+        }
+        let pairs: Vec<_> = checked.iter().map(|store| (&store.file, &store.report)).collect();
+        findings.extend(store::compare_replicas(&pairs).await?);
         for store in &checked {
             println!(
                 "store {:?}: {} volumes, {}",
@@ -76,9 +123,15 @@ pub(crate) fn run(dir: &Path, scope: CheckScope) -> Result<ExitCode> {
                 }
             );
         }
-        Ok::<_, Error>(findings)
-    })?;
-    Ok(print(findings))
+        let unclean = checked
+            .into_iter()
+            .map(|store| (store.record.id, store.report.unclean));
+        Ok(Examined {
+            findings,
+            unclean: unclean.collect(),
+            known,
+        })
+    })
 }
 
 async fn look_at(record: &StoreRecord, expect: Expect, scope: CheckScope) -> Result<Checked> {

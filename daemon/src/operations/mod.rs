@@ -9,6 +9,7 @@
 mod attach;
 mod customer;
 mod destroy;
+mod lineage;
 mod locks;
 mod place;
 mod relocate;

@@ -17,7 +17,7 @@ use libvol::control;
 use libvol::ids::{Epoch, Name, VolumeId};
 use libvol::limits::STORE_LOCK_WAIT;
 use libvol::store::{self, Member, StoreHandle};
-use libvol::volume::{Membership, Register, Standing};
+use libvol::volume::{Membership, Register};
 use libvol::{Error, Result};
 use tokio::sync::oneshot;
 
@@ -42,26 +42,7 @@ impl Register for CatalogRegister {
         let (catalog, to) = (self.catalog.clone(), to.clone());
         let (done, written) = oneshot::channel();
         self.runtime.spawn_blocking(move || {
-            let _ = done.send(catalog.write(|tx| {
-                let mut record = tx
-                    .get::<VolumeRecord>(volume)?
-                    .ok_or_else(|| Error::internal(format!("volume {volume} is gone from the catalog")))?;
-                if record.membership_epoch != from || record.replicas.len() > to.members.len() {
-                    return Err(Error::busy(format!(
-                        "volume {}: its membership is of epoch {}, not {from}",
-                        record.path, record.membership_epoch
-                    )));
-                }
-                record.membership_epoch = to.epoch;
-                let replica = |standing: &Standing| ReplicaRecord {
-                    store: standing.store,
-                    state: standing.state,
-                    full_copy: standing.full_copy,
-                    reason: standing.reason.clone(),
-                };
-                record.replicas = to.members.iter().map(replica).collect();
-                tx.update(&record)
-            }));
+            let _ = done.send(catalog.swap_membership(volume, from, &to));
         });
         written
             .await
@@ -195,12 +176,15 @@ impl Operations {
         let Seat::Open(handle) = self.seat(record.replicas[place].store) else {
             return Ok(());
         };
+        // Read after the seat: what the store was found to be is in the catalog before the store is in use.
+        let relied_on = |record: VolumeRecord| !record.replicas[place].full_copy;
+        let found = self.look(|view| view.get::<VolumeRecord>(id))?;
         if handle.fault().is_some() {
             return Ok(());
         }
         self.retries.tried((id, place));
         let full_copy = match self.state_on(&handle, id).await? {
-            store::VolumeState::Live(..) => record.replicas[place].full_copy,
+            store::VolumeState::Live(..) => !found.is_some_and(relied_on),
             store::VolumeState::Unknown => {
                 self.put_replica_on(record, &handle).await?;
                 true
@@ -254,6 +238,7 @@ impl Operations {
             }
             self.let_go_of(&record).await?;
             self.close_store(&handle).await;
+            self.record_floors()?;
             self.set_seat(record.id, Seat::Closed("being opened anew".into()));
         }
         let cleared = self.change(|tx| {
@@ -277,8 +262,7 @@ impl Operations {
     /// Every open volume lets go of the store.
     pub(super) async fn let_go_of(&self, store: &StoreRecord) -> Result<()> {
         for record in self.look(|view| view.all::<VolumeRecord>())? {
-            let mut held = record.held();
-            let Some((place, _)) = held.find(|(_, replica)| replica.store == store.id) else {
+            let Some(place) = record.replica_on(store.id) else {
                 continue;
             };
             let _lock = self.volume_locks.lock(record.id).await;
@@ -345,6 +329,7 @@ impl Operations {
 mod tests {
     use super::*;
     use libvol::ids::{CustomerId, DatasetId, StoreId};
+    use libvol::volume::Standing;
 
     fn volume() -> VolumeRecord {
         VolumeRecord {
@@ -375,17 +360,24 @@ mod tests {
             catalog: catalog.clone(),
             runtime: tokio::runtime::Handle::current(),
         };
-        let standing = |state, reason: Option<&str>| Standing {
-            store: record.replicas[0].store,
+        let standing = |place: usize, state, reason: Option<&str>| Standing {
+            store: record.replicas[place].store,
             state,
             reason: reason.map(Into::into),
             full_copy: false,
         };
+        let new = Standing {
+            store: StoreId::random(),
+            state: Member::Stale,
+            reason: None,
+            full_copy: true,
+        };
         let next = Membership {
             epoch: Epoch(2),
             members: vec![
-                standing(Member::InSync, None),
-                standing(Member::Stale, Some("gone")),
+                standing(0, Member::InSync, None),
+                standing(1, Member::Stale, Some("gone")),
+                new.clone(),
             ],
         };
         register.swap(record.id, Epoch(1), &next).await.unwrap();
@@ -398,6 +390,50 @@ mod tests {
         assert_eq!(kept.membership_epoch, Epoch(2));
         assert_eq!(kept.replicas[1].state, Member::Stale);
         assert_eq!(kept.replicas[1].reason.as_deref(), Some("gone"));
+        assert_eq!(kept.replicas[2].store, new.store, "a place was added");
+        assert!(kept.replicas[2].full_copy);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_is_known_to_be_an_old_copy_stays_one_until_it_is_in_sync_or_another_has_its_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let catalog = Catalog::open(&dir.path().join("catalog.redb")).unwrap();
+        let mut record = volume();
+        record.replicas[1].state = Member::Stale;
+        record.replicas[1].full_copy = true;
+        catalog.write(|tx| tx.insert(&record)).unwrap();
+        let old = record.replicas[1].store;
+        let mut epoch = 1;
+        let mut full_copy_after = |store, state| {
+            let standing = |store, state| Standing {
+                store,
+                state,
+                reason: None,
+                full_copy: false,
+            };
+            let to = Membership {
+                epoch: Epoch(epoch + 1),
+                members: vec![
+                    standing(record.replicas[0].store, Member::InSync),
+                    standing(store, state),
+                ],
+            };
+            catalog.swap_membership(record.id, Epoch(epoch), &to).unwrap();
+            epoch += 1;
+            let kept = catalog.read(|view| view.get::<VolumeRecord>(record.id)).unwrap();
+            kept.unwrap().replicas[1].full_copy
+        };
+        assert!(
+            full_copy_after(old, Member::Stale),
+            "an open volume does not know of it"
+        );
+        assert!(full_copy_after(old, Member::Stale));
+        assert!(!full_copy_after(old, Member::InSync));
+        assert!(
+            !full_copy_after(old, Member::Stale),
+            "it missed what its missed bits say"
+        );
+        assert!(!full_copy_after(StoreId::random(), Member::Stale));
     }
 
     #[test]

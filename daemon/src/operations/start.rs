@@ -1,6 +1,7 @@
 //! Start and stop of everything the operations stand on.
 //!
-//! Start: shards → stores (one that cannot be opened is offline with its reason; the rest is served) → unfinished
+//! Start: shards → stores (one that cannot be opened is offline with its reason; the rest is served; one that is an old copy
+//! gives up its replicas, and what it has brought back of destroyed volumes is destroyed again, see [`super::lineage`]) → unfinished
 //! creations rolled back → interrupted resizes finished → attachments served again at their old sockets → destructions
 //! resumed → volumes that a crash left dirty recovered in the background → integrity scrub.
 //!
@@ -68,6 +69,7 @@ impl Operations {
         operations.watch_faults();
         operations.watch_replicas();
         operations.start_scrubbing();
+        operations.watch_floors();
         Ok(operations)
     }
 
@@ -137,6 +139,7 @@ impl Operations {
     }
 
     async fn take_up(self: &Arc<Self>, record: &VolumeRecord) -> Result<()> {
+        self.check_not_old(record)?;
         let held = self.look(|view| holder(view, record.id))?;
         let away = record.held().any(|(_, replica)| !self.is_open(replica.store));
         if away && held.is_none() {
@@ -261,6 +264,9 @@ impl Operations {
             if let Seat::Open(handle) = seat {
                 self.close_store(&handle).await;
             }
+        }
+        if let Err(e) = self.record_floors() {
+            tracing::error!("what stores have committed cannot be recorded: {e}");
         }
         if let Ok(attachments) = self.look(|view| view.all::<AttachmentRecord>()) {
             for attachment in attachments {

@@ -16,9 +16,9 @@ use std::time::Duration;
 use libvol::catalog::{DestroyRecord, Leaving, StoreFault, StoreRecord, VolumeRecord};
 use libvol::control;
 use libvol::disk::{Disk, DiskFile, MediumClass, OpenMode};
-use libvol::ids::{Name, StoreId};
+use libvol::ids::{Incarnation, Name, StoreId};
 use libvol::limits::{EXTENT_BYTES_DEFAULT, STORES_MAX};
-use libvol::store::{self, Expect, FormatOptions, StoreHandle};
+use libvol::store::{self, FormatOptions, Lineage, StoreHandle};
 use libvol::{Error, Result};
 
 use super::signature::{PROBE_BYTES, recognise};
@@ -112,7 +112,11 @@ impl Operations {
             })
             .await
             .map_err(|e| e.context(path.display()))?;
-        let handle = self.open_file(id, file).await?;
+        let mut lineage = Lineage::default();
+        let handle = self
+            .open_file(id, file, |found| Ok(lineage.begin(&found, Incarnation::random())))
+            .await?;
+        lineage.confirm(handle.incarnation(), handle.committed_lsn());
         let record = StoreRecord {
             id,
             name: request.name.clone(),
@@ -123,6 +127,7 @@ impl Operations {
             allow_buffered: request.allow_buffered,
             fault: None,
             leaving: None,
+            lineage,
             created_unix_seconds: unix_seconds(),
         };
         if let Err(e) = self.change(|tx| tx.insert(&record)) {
@@ -131,18 +136,6 @@ impl Operations {
         }
         self.set_seat(id, Seat::Open(handle));
         Ok(record)
-    }
-
-    /// Opens a store on its home shard.
-    pub(super) async fn open_file(&self, id: StoreId, file: DiskFile) -> Result<StoreHandle> {
-        let expect = Expect {
-            installation: Some(self.catalog.installation()),
-            store: Some(id),
-        };
-        self.shards
-            .of_store(id)
-            .call(move |_| async move { store::open(&file, expect).await })
-            .await
     }
 
     /// Opens a store of the catalog, waiting for an earlier daemon's I/O on it to end.
@@ -163,7 +156,7 @@ impl Operations {
         })
         .await
         .map_err(|e| Error::internal(format!("opening a store: {e}")))??;
-        self.open_file(record.id, file).await
+        self.open_known(record.id, file).await
     }
 
     /// Closes a store: every shard lets its data path go, then its keeper ends.

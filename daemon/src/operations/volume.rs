@@ -293,19 +293,24 @@ impl Operations {
     /// # Errors
     /// As [`Operations::open_volume`].
     pub(super) async fn try_open_volume(&self, record: &VolumeRecord) -> Result<()> {
+        let at_hand = self.stores_at_hand(record);
+        // Read after the seats: what a store was found to be is in the catalog before the store is in use.
+        let record = &self
+            .look(|view| view.get::<VolumeRecord>(record.id))?
+            .ok_or_else(|| Error::not_found(format!("volume {} is gone", record.path)))?;
+        self.check_not_old(record)?;
         let in_sync = |replica: &ReplicaRecord| replica.state == Member::InSync;
         if let Some(away) = record.replicas.iter().find(|replica| in_sync(replica))
-            && !self
-                .stores_at_hand(record)
+            && !at_hand
                 .iter()
-                .any(|(replica, _)| in_sync(replica))
+                .any(|(replica, _)| record.is_in_sync_on(replica.store))
         {
             // Says which, and why.
             let record = self.look(|view| view.get::<StoreRecord>(away.store))?;
             let record = record.ok_or_else(|| Error::internal("a replica's store is not in the catalog"))?;
             self.open_store(&record)?;
         }
-        let slot = self.slot(record).await?;
+        let slot = self.slot_on(record, &at_hand).await?;
         if let Err(e) = self.settle_slots(record).await {
             tracing::warn!(volume = %record.path, "a slot keeps an older list of stores: {e}");
         }
@@ -323,7 +328,6 @@ impl Operations {
             .unwrap_data_key(wrapped, context)
             .await
             .map_err(|e| e.context(format!("volume {}", record.path)))?;
-        let at_hand = self.stores_at_hand(record);
         let replicas = record.replicas.iter().map(|replica| OpenReplica {
             store: replica.store,
             name: self.store_name(replica.store).to_string(),
@@ -357,12 +361,19 @@ impl Operations {
 
     /// The volume's slot, from the first store with a replica in sync that can read it, checked against the catalog.
     pub(super) async fn slot(&self, record: &VolumeRecord) -> Result<VolumeSlot> {
+        self.slot_on(record, &self.stores_at_hand(record)).await
+    }
+
+    async fn slot_on(
+        &self,
+        record: &VolumeRecord,
+        stores: &[(ReplicaRecord, StoreHandle)],
+    ) -> Result<VolumeSlot> {
         let mut last = None;
-        let stores = self.stores_at_hand(record);
-        for (_, handle) in stores
+        let in_sync = stores
             .iter()
-            .filter(|(replica, _)| replica.state == Member::InSync)
-        {
+            .filter(|(replica, _)| record.is_in_sync_on(replica.store));
+        for (_, handle) in in_sync {
             match self.state_on(handle, record.id).await {
                 Ok(store::VolumeState::Live(_, slot)) => {
                     if slot.customer != record.customer || slot.dataset != record.dataset {

@@ -8,6 +8,7 @@
 //! It deliberately holds no keys, wrapped or not (those live only in the stores' volume slots), no extents, and no
 //! policy: callers decide inside their transactions what may be changed.
 
+mod membership;
 mod records;
 mod table;
 
@@ -43,7 +44,22 @@ impl Catalog {
     /// has it open, `Io`.
     pub fn open(path: &Path) -> Result<Self> {
         let database = builder().create(path).map_err(|e| failed(path, e))?;
-        Self::begin(database, path, true)
+        Self::begin(database, path, Some(InstallationId::random()))
+    }
+
+    /// Makes an empty catalog of a given installation, for one that is rebuilt from its stores.
+    ///
+    /// # Errors
+    /// `Exists` when there is a file at `path`; `Io`, `NoSpace`.
+    pub fn create(path: &Path, installation: InstallationId) -> Result<Self> {
+        if path.symlink_metadata().is_ok() {
+            return Err(Error::exists(format!(
+                "{}: exists already; move it away first",
+                path.display()
+            )));
+        }
+        let database = builder().create(path).map_err(|e| failed(path, e))?;
+        Self::begin(database, path, Some(installation))
     }
 
     /// Opens a copy in memory, for offline checks: every page is verified, what a crash left is repaired in the copy, and
@@ -73,26 +89,26 @@ impl Catalog {
         let database = builder()
             .create_with_backend(memory)
             .map_err(|e| failed(path, e))?;
-        Self::begin(database, path, false)
+        Self::begin(database, path, None)
     }
 
-    fn begin(database: Database, path: &Path, create: bool) -> Result<Self> {
+    /// What every open does last; a file without contents becomes `fresh`'s catalog.
+    fn begin(database: Database, path: &Path, fresh: Option<InstallationId>) -> Result<Self> {
         let mut catalog = Self {
             database,
             path: path.to_owned(),
             installation: InstallationId::NIL,
         };
         let found = catalog.read(|view| Ok((view.number("version")?, view.id("installation")?)))?;
-        catalog.installation = match found {
-            (Some(version), _) if version > CATALOG_VERSION => {
+        catalog.installation = match (found, fresh) {
+            ((Some(version), _), _) if version > CATALOG_VERSION => {
                 return Err(Error::unsupported(format!(
                     "{}: the catalog has layout {version}, this vold knows up to {CATALOG_VERSION}; use a newer vold",
                     path.display()
                 )));
             }
-            (Some(_), Some(id)) => InstallationId(id),
-            (None, None) if create => {
-                let id = InstallationId::random();
+            ((Some(_), Some(id)), _) => InstallationId(id),
+            ((None, None), Some(id)) => {
                 catalog.write(|tx| {
                     tx.create_tables()?;
                     tx.set_number("version", CATALOG_VERSION)?;
@@ -209,6 +225,17 @@ mod tests {
             let found: CustomerRecord = catalog.read(|v| v.named("acme")).unwrap().unwrap();
             assert_eq!(found.id, acme.id);
         }
+    }
+
+    #[test]
+    fn a_catalog_of_a_given_installation_is_made_once_and_never_over_another_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("catalog.redb");
+        let installation = InstallationId::random();
+        drop(Catalog::create(&path, installation).unwrap());
+        assert_eq!(Catalog::open(&path).unwrap().installation(), installation);
+        let again = Catalog::create(&path, InstallationId::random()).map(drop);
+        assert_eq!(again.unwrap_err().kind(), Kind::Exists);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::control::Protocol;
 use crate::ids::{
     AttachmentId, CmkId, CustomerId, DatasetId, Epoch, Name, StoreId, VmId, VolumeId, VolumePath,
 };
-use crate::store::Member;
+use crate::store::{Lineage, Member};
 
 /// A store that belongs to this installation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +34,9 @@ pub struct StoreRecord {
     /// Its replicas are to go elsewhere.
     #[serde(default)]
     pub leaving: Option<Leaving>,
+    /// What an old copy of it is told by.
+    #[serde(default)]
+    pub lineage: Lineage,
     /// Seconds since 1970.
     pub created_unix_seconds: u64,
 }
@@ -104,7 +107,8 @@ pub struct ReplicaRecord {
     pub store: StoreId,
     /// Its membership state.
     pub state: Member,
-    /// Nothing it holds can be relied on (an old copy of its store, or a new replica): resync copies everything.
+    /// Nothing it holds can be relied on (an old copy of its store, or a new replica): resync copies everything. On a replica
+    /// that is in sync it means that there is no other to copy from: the volume is not opened until an operator has acted.
     #[serde(default)]
     pub full_copy: bool,
     /// Why it is not in sync, for people.
@@ -121,6 +125,11 @@ impl ReplicaRecord {
             full_copy: false,
             reason: None,
         }
+    }
+
+    /// The volume's last replica in sync, and an old copy: not served until an operator has acted.
+    pub fn is_old_and_last(&self) -> bool {
+        self.state == Member::InSync && self.full_copy
     }
 }
 
@@ -158,9 +167,22 @@ impl VolumeRecord {
         places.filter(|(_, replica)| replica.state != Member::Vacant)
     }
 
-    /// Whether it has a replica on that store.
+    /// The place of its replica on a store.
+    pub fn replica_on(&self, store: StoreId) -> Option<usize> {
+        let mut held = self.held();
+        held.find(|(_, replica)| replica.store == store)
+            .map(|(place, _)| place)
+    }
+
+    /// Whether it has a replica on a store.
     pub fn is_on(&self, store: StoreId) -> bool {
-        self.held().any(|(_, replica)| replica.store == store)
+        self.replica_on(store).is_some()
+    }
+
+    /// Whether its replica on a store is in sync.
+    pub fn is_in_sync_on(&self, store: StoreId) -> bool {
+        let place = self.replica_on(store);
+        place.is_some_and(|place| self.replicas[place].state == Member::InSync)
     }
 
     /// The stores as its slots name them: by place, nil for a vacant one.

@@ -20,6 +20,8 @@ pub(super) enum Step {
     Change(Change),
     /// A scrubbed extent becomes free.
     Free(PhysicalExtent),
+    /// A free extent that was set aside is to be scrubbed once more.
+    Rescrub(PhysicalExtent),
     /// A slot's record.
     Volume(u32, Option<VolumeEntry>),
     /// A tombstone's place.
@@ -149,6 +151,24 @@ impl Transaction<'_> {
                 let record = self.extent(*extent)?;
                 expect(*extent, &record, ExtentState::PendingScrub, "free")?;
                 self.put(*extent, ExtentRecord::FREE);
+                Ok(())
+            }
+            Step::Rescrub(extent) => {
+                let record = self.extent(*extent)?;
+                expect(*extent, &record, ExtentState::Free, "scrub again")?;
+                if !self.books.is_reserved(*extent) {
+                    return Err(Error::internal(format!(
+                        "scrub extent {extent} again: it is not reserved"
+                    )));
+                }
+                let state = ExtentState::PendingScrub;
+                self.put(
+                    *extent,
+                    ExtentRecord {
+                        state,
+                        ..ExtentRecord::FREE
+                    },
+                );
                 Ok(())
             }
             Step::Change(change) => self.change(change),
@@ -452,6 +472,33 @@ mod tests {
             Kind::Internal
         );
         assert!(matches!(batch.add(&books, &[Step::Free(got)], 100), Added::Yes));
+    }
+
+    #[test]
+    fn only_a_free_extent_that_was_set_aside_is_scrubbed_once_more() {
+        let mut books = books();
+        let mut batch = Batch::default();
+        let extent = PhysicalExtent(3);
+        assert_eq!(
+            refused(batch.add(&books, &[Step::Rescrub(extent)], 100)),
+            Kind::Internal
+        );
+        assert_eq!(
+            books.reserve_these(&[extent, extent, PhysicalExtent(u32::MAX)]),
+            [extent]
+        );
+        assert!(matches!(
+            batch.add(&books, &[Step::Rescrub(extent)], 100),
+            Added::Yes
+        ));
+        books.apply(1, batch.parts().0);
+        assert!(books.is_pending(extent) && !books.is_reserved(extent));
+        assert_eq!(books.space().pending_scrub, 1);
+        let mut batch = Batch::default();
+        assert_eq!(
+            refused(batch.add(&books, &[Step::Rescrub(extent)], 100)),
+            Kind::Internal
+        );
     }
 
     #[test]

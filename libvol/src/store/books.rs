@@ -257,6 +257,23 @@ impl Books {
         Some((0..count).map(take).collect())
     }
 
+    /// Sets those of `extents` aside that are free; the others are not the caller's.
+    pub(super) fn reserve_these(&mut self, extents: &[PhysicalExtent]) -> Vec<PhysicalExtent> {
+        let mut taken = Vec::new();
+        for extent in extents {
+            if extent.0 < self.table.layout().extents && self.free.remove(extent.0) {
+                self.reserved.insert(extent.0);
+                taken.push(*extent);
+            }
+        }
+        taken
+    }
+
+    /// Whether an extent waits for the scrubber.
+    pub(super) fn is_pending(&self, extent: PhysicalExtent) -> bool {
+        self.pending.contains(extent.0)
+    }
+
     pub(super) fn unreserve(&mut self, extents: &[PhysicalExtent]) {
         for extent in extents {
             if self.reserved.remove(extent.0) {

@@ -14,7 +14,7 @@ use super::record::ExtentState;
 use super::recover::load;
 use super::transfer::{SPAN_BYTES, read};
 use super::wire::is_zero;
-use super::{Expect, Member, SumAreaRead, VolumeSlot, sums};
+use super::{Expect, Found, Member, SumAreaRead, VolumeSlot, sums};
 use crate::crypto::seal::{HOLE, verify_block};
 use crate::disk::{Disk, DiskFile};
 use crate::error::{Error, Kind, Result};
@@ -78,10 +78,14 @@ pub struct CheckReport {
     pub store: StoreId,
     /// Its name.
     pub name: Name,
+    /// By which it is told from an old copy of itself.
+    pub found: Found,
     /// Everything that is not as it should be.
     pub findings: Vec<Finding>,
     /// Its live volumes.
     pub volumes: BTreeMap<VolumeId, VolumeReport>,
+    /// Free extents that are not zero, or cannot be read: [`super::StoreHandle::rescrub`] is for them.
+    pub unclean: Vec<PhysicalExtent>,
 }
 
 /// A live volume as one store has it.
@@ -144,8 +148,10 @@ pub async fn check(file: &DiskFile, expect: Expect, scope: CheckScope) -> Result
     let mut report = CheckReport {
         store: loaded.superblock.store,
         name: loaded.superblock.name.clone(),
+        found: loaded.superblock.found(loaded.ring.lsn()),
         findings: loaded.findings,
         volumes: BTreeMap::new(),
+        unclean: Vec::new(),
     };
     for number in &loaded.slots.stale {
         let text =
@@ -225,6 +231,9 @@ async fn check_extents(
     });
     let mut results = stream::iter(checks).buffer_unordered(EXTENTS_AT_A_TIME);
     while let Some((extent, record, (found, sums))) = results.next().await {
+        if record.state == ExtentState::Free && !found.is_empty() {
+            report.unclean.push(extent);
+        }
         report.findings.extend(found);
         if record.state != ExtentState::Allocated {
             continue;

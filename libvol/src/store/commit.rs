@@ -21,6 +21,8 @@ const PAGES_PER_STEP: usize = 64;
 /// Steps that wait for their commit, and who waits for them.
 pub(super) struct Transaction {
     pub(super) steps: Vec<Step>,
+    /// A frame is due even if nothing changes.
+    pub(super) beat: bool,
     pub(super) reply: Reply<()>,
 }
 
@@ -57,11 +59,11 @@ impl Keeper {
 
     /// Makes one frame of what is queued.
     async fn commit_some(self: &Rc<Self>) {
-        let (batch, replies) = self.stage();
+        let (batch, replies, beat) = self.stage();
         if replies.is_empty() {
             return;
         }
-        let result = match batch.is_empty() {
+        let result = match batch.is_empty() && !beat {
             // Everything asked for is so already, durably.
             true => self.shared.check_fault(),
             false => self.commit_batch(&batch).await,
@@ -75,20 +77,25 @@ impl Keeper {
         }
     }
 
-    /// Takes transactions from the queue while they fit one frame; those that are refused hear it at once.
-    fn stage(&self) -> (Batch, Vec<Reply<()>>) {
+    /// Takes transactions from the queue while they fit one frame; those that are refused hear it at once. Also whether a
+    /// frame is due even if nothing changes.
+    fn stage(&self) -> (Batch, Vec<Reply<()>>, bool) {
         let records_max = records_in(self.layout.frame_bytes_max());
         let books = self.books.borrow();
         let mut queue = self.queue.borrow_mut();
         let mut batch = Batch::default();
         let mut replies = Vec::new();
+        let mut beat = false;
         while let Some(transaction) = queue.pop_front() {
             let added = match self.shared.check_fault() {
                 Err(error) => Added::No(error),
                 Ok(()) => batch.add(&books, &transaction.steps, records_max),
             };
             match added {
-                Added::Yes => replies.push(transaction.reply),
+                Added::Yes => {
+                    beat |= transaction.beat;
+                    replies.push(transaction.reply);
+                }
                 Added::No(error) => drop(transaction.reply.send(Err(self.shared.named(error)))),
                 Added::Later => {
                     queue.push_front(transaction);
@@ -96,7 +103,7 @@ impl Keeper {
                 }
             }
         }
-        (batch, replies)
+        (batch, replies, beat)
     }
 
     async fn commit_batch(self: &Rc<Self>, batch: &Batch) -> Result<()> {
@@ -121,7 +128,7 @@ impl Keeper {
             books.release_dataset(lsn, dataset);
         }
         drop(books);
-        self.applied.set(lsn);
+        self.set_applied(lsn);
         if self.ring.borrow().half_full() {
             self.start_checkpoint();
         }
@@ -154,6 +161,12 @@ impl Keeper {
             Ok(()) => Ok(lsn),
             Err(error) => Err(self.failed("redo log", error)),
         }
+    }
+
+    /// The frame with that lsn is durable and in the books.
+    fn set_applied(&self, lsn: u64) {
+        self.applied.set(lsn);
+        self.shared.set_committed(lsn);
     }
 
     /// A metadata write or sync has failed: nothing on the device may be taken for durable any more.
@@ -194,7 +207,7 @@ impl Keeper {
         };
         let recorded = self.append(lsn, Vec::new()).await;
         if let Ok(frame) = recorded {
-            self.applied.set(frame);
+            self.set_applied(frame);
             self.ring.borrow_mut().checkpointed(lsn);
         }
         self.checkpoint_running.set(false);

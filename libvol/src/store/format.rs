@@ -16,7 +16,7 @@ use super::transfer::{SPAN_BYTES, write_zeros};
 use crate::buf::Buf;
 use crate::disk::Disk;
 use crate::error::{Error, Result};
-use crate::ids::{Name, StoreId};
+use crate::ids::{Incarnation, Name, StoreId};
 use crate::limits::{BLOCK, EXTENT_BYTES_MAX, EXTENT_BYTES_MIN, STORE_BYTES_MAX, STORE_BYTES_MIN};
 
 /// Extents a new store must have room for: a volume, and something to scrub meanwhile.
@@ -115,6 +115,8 @@ pub(super) async fn format_with(disk: &Disk, options: &FormatOptions, sizes: Siz
             .duration_since(UNIX_EPOCH)
             .map_or(0, |d| d.as_secs()),
         sequence: 1,
+        incarnation: Incarnation::NIL,
+        commit_floor: 0,
     };
     let bytes = Rc::new(Buf::copy_of(&superblock.encode()));
     for at in [SUPERBLOCK_B_AT, 0] {

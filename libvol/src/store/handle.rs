@@ -3,7 +3,7 @@
 //! A request is a message with a oneshot for its answer. A caller that stops waiting changes nothing: the keeper finishes
 //! what it has begun, and reserved extents whose receiver is gone come back by themselves.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use futures_channel::{mpsc, oneshot};
@@ -15,7 +15,7 @@ use super::{
 };
 use crate::disk::DiskFile;
 use crate::error::{Error, Kind, Result};
-use crate::ids::{DatasetId, PhysicalExtent, StoreId, VolumeId};
+use crate::ids::{DatasetId, Incarnation, PhysicalExtent, StoreId, VolumeId};
 
 /// Where an answer goes.
 pub(super) type Reply<T> = oneshot::Sender<Result<T>>;
@@ -25,10 +25,13 @@ pub(super) enum Request {
     Reserve(u32, Reply<Reserved>),
     Unreserve(Vec<PhysicalExtent>),
     Commit(Vec<Change>, Reply<()>),
+    Rescrub(Vec<PhysicalExtent>, Reply<u32>),
+    Beat(Reply<()>),
     ExtentsOf(DatasetId, Reply<Vec<ExtentEntry>>),
     AddVolume(Box<(VolumeSlot, VolumeRecord)>, Reply<()>),
     Volume(VolumeId, Reply<VolumeState>),
     Volumes(Reply<Vec<VolumeId>>),
+    Remains(Reply<Vec<VolumeId>>),
     SetStores(VolumeId, Vec<StoreId>, Reply<()>),
     /// The volume, and whether only this replica goes.
     Destroy(VolumeId, bool, Reply<()>),
@@ -50,6 +53,9 @@ pub(super) struct Shared {
     findings: OnceLock<Vec<Finding>>,
     pub(super) syncs: SyncBook,
     space: SpaceCounters,
+    committed_lsn: AtomicU64,
+    /// Set with the findings.
+    incarnation: OnceLock<Incarnation>,
     fault: OnceLock<String>,
     /// Called when the latch closes. Nothing is called or locked while this is held.
     on_fault: Mutex<Vec<OnFault>>,
@@ -79,6 +85,8 @@ impl Shared {
             findings: OnceLock::new(),
             syncs: SyncBook::default(),
             space: SpaceCounters::default(),
+            committed_lsn: AtomicU64::new(0),
+            incarnation: OnceLock::new(),
             fault: OnceLock::new(),
             on_fault: Mutex::default(),
             closed: AtomicBool::new(false),
@@ -133,6 +141,15 @@ impl Shared {
             .store(space.pending_scrub, Ordering::Relaxed);
         self.space.allocated.store(space.allocated, Ordering::Relaxed);
         self.space.dirty.store(space.dirty, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_incarnation(&self, incarnation: Incarnation) {
+        let first = self.incarnation.set(incarnation).is_ok();
+        assert!(first, "a store is opened once");
+    }
+
+    pub(super) fn set_committed(&self, lsn: u64) {
+        self.committed_lsn.store(lsn, Ordering::Release);
     }
 
     pub(super) fn set_closed(&self) {
@@ -201,6 +218,16 @@ impl StoreHandle {
         }
     }
 
+    /// The newest commit that is durable. Rises only; after [`StoreHandle::close`] it is the store's last.
+    pub fn committed_lsn(&self) -> u64 {
+        self.shared.committed_lsn.load(Ordering::Acquire)
+    }
+
+    /// The incarnation that the store has, by its superblock.
+    pub fn incarnation(&self) -> Incarnation {
+        *self.shared.incarnation.get().unwrap_or(&Incarnation::NIL)
+    }
+
     /// What was found wrong when the store was opened; all else serves.
     pub fn findings(&self) -> &[Finding] {
         self.shared.findings.get().map_or(&[], Vec::as_slice)
@@ -263,6 +290,25 @@ impl StoreHandle {
         self.ask(|reply| Request::Commit(changes, reply)).await
     }
 
+    /// Free extents that turned out not to be zero go back to PendingScrub, durably, and through the scrubber. Returns when
+    /// they are free again: overwritten, synced and read back (I7). Those that are not free (any more) are passed over: the
+    /// result is how many were scrubbed.
+    ///
+    /// # Errors
+    /// `Io` when scrubbing fails (the store is then latched faulty), `Unavailable`.
+    pub async fn rescrub(&self, extents: Vec<PhysicalExtent>) -> Result<u32> {
+        self.ask(|reply| Request::Rescrub(extents, reply)).await
+    }
+
+    /// Commits nothing, durably: [`StoreHandle::committed_lsn`] rises. Data is written in place without a commit, so this is
+    /// how a store that was written to is told from a copy that was taken before.
+    ///
+    /// # Errors
+    /// As [`StoreHandle::commit`].
+    pub async fn beat(&self) -> Result<()> {
+        self.ask(Request::Beat).await
+    }
+
     /// All allocated extents of a dataset, by logical index.
     ///
     /// # Errors
@@ -296,6 +342,14 @@ impl StoreHandle {
     /// `Unavailable`.
     pub async fn volumes(&self) -> Result<Vec<VolumeId>> {
         self.ask(Request::Volumes).await
+    }
+
+    /// All volumes whose destruction was begun here and has not come to its end.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn remains(&self) -> Result<Vec<VolumeId>> {
+        self.ask(Request::Remains).await
     }
 
     /// Destruction, first part: commits the tombstone, overwrites both slot copies with zeros, syncs, reads back, and moves

@@ -19,11 +19,12 @@ use super::commit::Transaction;
 use super::handle::{Reply, Request, Reserved, Shared};
 use super::layout::Layout;
 use super::log::Ring;
-use super::recover::{Loaded, Repair, Slots, load};
-use super::superblock::Superblock;
-use super::{Expect, Finding, Severity, StoreHandle, StoreInfo, slots};
+use super::recover::{Loaded, Repair, Slots, SuperblockRepair, load};
+use super::superblock::{self, Renewed, Superblock};
+use super::{Expect, Finding, Found, Renewal, Severity, StoreHandle, StoreInfo, slots};
 use crate::disk::{Disk, DiskFile, classify};
 use crate::error::{Error, Result};
+use crate::ids::Incarnation;
 use crate::runtime::sync::{Notify, Semaphore};
 use crate::runtime::{spawn, timeout};
 
@@ -36,6 +37,7 @@ pub(super) struct Keeper {
     pub(super) disk: Disk,
     pub(super) layout: Layout,
     pub(super) superblock: Superblock,
+    pub(super) superblock_repair: RefCell<Option<SuperblockRepair>>,
     pub(super) books: RefCell<Books>,
     pub(super) slots: RefCell<Slots>,
     /// One volume is added or destroyed at a time.
@@ -62,26 +64,72 @@ pub(super) struct Keeper {
     pub(super) stopped: Cell<bool>,
 }
 
-/// Opens a store on its home runtime, recovers its metadata, and starts its keeper and scrubber.
+/// Opens a store on its home runtime, recovers its metadata, and starts its keeper and scrubber. Leaves its lineage as it
+/// is: who keeps account of it uses the two halves, [`begin_open`] and [`Opening::finish`].
 ///
 /// # Errors
 /// `Invalid` (not a vold store; truncated), `Unsupported` (unknown format version), `Refused` (another installation's,
 /// or not the expected store), `Damaged`, `Io`. Each says who, what, why, and the next step.
 pub async fn open(file: &DiskFile, expect: Expect) -> Result<StoreHandle> {
+    begin_open(file, expect).await?.finish(None).await
+}
+
+/// The first half of [`open`]: reads everything, makes it durable, and writes nothing, so that the store can be judged.
+///
+/// # Errors
+/// As [`open`].
+pub async fn begin_open(file: &DiskFile, expect: Expect) -> Result<Opening> {
     let disk = Disk::attach(file)?;
     let loaded = load(&disk, file, expect).await?;
     let (keeper, findings, requests) = Keeper::new(disk, file, loaded);
-    // Recovery acts on what it has read, which a cut may still take back: make it durable first, then write.
-    let recovered = keeper.recover(findings).await;
-    let handle = StoreHandle {
-        shared: keeper.shared.clone(),
-    };
-    recovered.map_err(|error| handle.shared.named(error))?;
-    keeper.scrubbing.set(true);
-    spawn(keeper.clone().append_loop()).detach();
-    spawn(keeper.clone().scrub_loop()).detach();
-    spawn(keeper.run(requests)).detach();
-    Ok(handle)
+    keeper.log(&findings);
+    // What was read a cut may still take back. What is decided by it, here and by others, stands on what is durable.
+    let synced = keeper.shared.sync(&keeper.disk, "recovery").await;
+    synced.map_err(|error| keeper.shared.named(error))?;
+    Ok(Opening {
+        keeper,
+        findings,
+        requests,
+    })
+}
+
+/// A store that was read. Dropping it leaves the store as it is.
+pub struct Opening {
+    keeper: Rc<Keeper>,
+    findings: Vec<Finding>,
+    requests: mpsc::UnboundedReceiver<Request>,
+}
+
+impl Opening {
+    /// What the store says of itself. All of it is durable.
+    pub fn found(&self) -> Found {
+        self.keeper.superblock.found(self.keeper.applied.get())
+    }
+
+    /// The second half of [`open`]: recovers the metadata, gives the store its new incarnation, and starts keeper and
+    /// scrubber. Without a renewal the superblock's lineage stays as it is, and this opening cannot be told from the one
+    /// before. [`StoreHandle::incarnation`] is what the store has in the end: where no second copy of its superblock can be
+    /// written, the one before, since its only good copy is not risked.
+    ///
+    /// # Errors
+    /// `Io`; the store then has the old incarnation or the new one.
+    pub async fn finish(self, renewal: Option<Renewal>) -> Result<StoreHandle> {
+        let Self {
+            keeper,
+            findings,
+            requests,
+        } = self;
+        let recovered = keeper.recover(findings, renewal).await;
+        recovered.map_err(|error| keeper.shared.named(error))?;
+        let handle = StoreHandle {
+            shared: keeper.shared.clone(),
+        };
+        keeper.scrubbing.set(true);
+        spawn(keeper.clone().append_loop()).detach();
+        spawn(keeper.clone().scrub_loop()).detach();
+        spawn(keeper.run(requests)).detach();
+        Ok(handle)
+    }
 }
 
 impl Keeper {
@@ -92,6 +140,7 @@ impl Keeper {
     ) -> (Rc<Self>, Vec<Finding>, mpsc::UnboundedReceiver<Request>) {
         let Loaded {
             superblock,
+            superblock_repair,
             books,
             ring,
             slots,
@@ -109,11 +158,13 @@ impl Keeper {
         };
         let (shared, requests) = Shared::new(info, superblock.layout, file.clone());
         shared.publish(books.space());
+        shared.set_committed(ring.lsn());
         let keeper = Self {
             shared,
             disk,
             layout: superblock.layout,
             superblock,
+            superblock_repair: RefCell::new(superblock_repair),
             books: RefCell::new(books),
             slots: RefCell::new(slots),
             slot_lock: Semaphore::new(1),
@@ -133,13 +184,19 @@ impl Keeper {
         (Rc::new(keeper), findings, requests)
     }
 
-    /// After reading: what was read is made durable, replayed pages are written, slots are put right.
-    async fn recover(&self, mut findings: Vec<Finding>) -> Result<()> {
-        self.log(&findings);
+    /// After reading, with what was read durable: replayed pages are written, slots and superblock are put right.
+    async fn recover(&self, mut findings: Vec<Finding>, renewal: Option<Renewal>) -> Result<()> {
         let read = findings.len();
-        self.shared.sync(&self.disk, "recovery").await?;
         self.checkpoint_now().await?;
         self.put_slots_right(&mut findings).await?;
+        let incarnation = match renewal {
+            Some(renewal) => self.renew(renewal, &mut findings).await?,
+            None => {
+                self.put_superblock_right(&mut findings).await?;
+                self.superblock.incarnation
+            }
+        };
+        self.shared.set_incarnation(incarnation);
         self.log(&findings[read..]);
         self.shared.set_findings(findings);
         Ok(())
@@ -151,6 +208,27 @@ impl Keeper {
             match finding.severity {
                 Severity::Note => tracing::info!(%store, "{}", finding.text),
                 Severity::Damage => tracing::warn!(%store, "{}", finding.text),
+            }
+        }
+    }
+
+    /// Writes the superblock copy that is bad or older, from the other one. Where it cannot be written it is named, and costs
+    /// nothing else. A failed sync ends it.
+    async fn put_superblock_right(&self, findings: &mut Vec<Finding>) -> Result<()> {
+        let repair = self.superblock_repair.borrow_mut().take();
+        let Some(SuperblockRepair { at, bytes }) = repair else {
+            return Ok(());
+        };
+        tracing::info!(store = %self.shared.info.name, "rewriting a bad or older superblock copy");
+        match superblock::write_copy(&self.shared, &self.disk, at, &Rc::new(bytes)).await {
+            Ok(()) => Ok(()),
+            Err(error) if self.shared.fault().is_some() => Err(error),
+            Err(error) => {
+                findings.push(Finding::damage(format!(
+                    "superblock copy {}: cannot be written ({error}); the store has one copy of it",
+                    if at == 0 { "A" } else { "B" }
+                )));
+                Ok(())
             }
         }
     }
@@ -200,6 +278,25 @@ impl Keeper {
         Ok(())
     }
 
+    /// Makes this opening known to the superblock. After recovery: its floor is durable. Returns the incarnation that the
+    /// store has then; a copy that cannot be written is named. A failed sync ends it.
+    async fn renew(&self, renewal: Renewal, findings: &mut Vec<Finding>) -> Result<Incarnation> {
+        assert!(renewal.sequence > self.superblock.sequence, "sequences rise");
+        let next = Superblock {
+            sequence: renewal.sequence,
+            incarnation: renewal.incarnation,
+            commit_floor: self.applied.get(),
+            ..self.superblock.clone()
+        };
+        let Renewed { done, failure } =
+            superblock::renew(&self.shared, &self.disk, &self.superblock, &next).await?;
+        findings.extend(failure.map(Finding::damage));
+        Ok(match done {
+            true => next.incarnation,
+            false => self.superblock.incarnation,
+        })
+    }
+
     async fn run(self: Rc<Self>, mut requests: mpsc::UnboundedReceiver<Request>) {
         while let Some(request) = requests.next().await {
             if let Request::Close(reply) = request {
@@ -223,6 +320,14 @@ impl Keeper {
             Request::Commit(changes, reply) => {
                 self.enqueue(changes.into_iter().map(Step::Change).collect(), reply);
             }
+            Request::Rescrub(extents, reply) => {
+                self.in_background(reply, async move |this| this.rescrub(extents).await);
+            }
+            Request::Beat(reply) => self.enqueue_transaction(Transaction {
+                steps: Vec::new(),
+                beat: true,
+                reply,
+            }),
             Request::ExtentsOf(dataset, reply) => {
                 let books = self.books.borrow();
                 let extents = books.check_dataset(dataset).map(|()| books.extents_of(dataset));
@@ -239,6 +344,11 @@ impl Keeper {
                 let books = self.books.borrow();
                 let live = books.volumes().filter(|(_, entry)| !entry.tombstoned);
                 let _ = reply.send(Ok(live.map(|(_, entry)| entry.record.volume).collect()));
+            }
+            Request::Remains(reply) => {
+                let books = self.books.borrow();
+                let remains = books.volumes().filter(|(_, entry)| entry.tombstoned);
+                let _ = reply.send(Ok(remains.map(|(_, entry)| entry.record.volume).collect()));
             }
             Request::SetStores(volume, stores, reply) => {
                 self.in_background(reply, async move |this| this.set_stores(volume, stores).await);
@@ -288,11 +398,21 @@ impl Keeper {
     }
 
     fn enqueue(&self, steps: Vec<Step>, reply: Reply<()>) {
+        self.enqueue_transaction(Transaction {
+            steps,
+            beat: false,
+            reply,
+        });
+    }
+
+    fn enqueue_transaction(&self, transaction: Transaction) {
         if self.stopped.get() {
-            let _ = reply.send(Err(Error::unavailable("the store is closed")));
+            let _ = transaction
+                .reply
+                .send(Err(Error::unavailable("the store is closed")));
             return;
         }
-        self.queue.borrow_mut().push_back(Transaction { steps, reply });
+        self.queue.borrow_mut().push_back(transaction);
         self.work.notify_all();
     }
 

@@ -16,9 +16,11 @@ mod check;
 mod commit;
 mod format;
 mod handle;
+mod inspect;
 mod io;
 mod keeper;
 mod layout;
+mod lineage;
 mod log;
 mod record;
 mod recover;
@@ -39,9 +41,11 @@ pub use check::{
 };
 pub use format::{check_sizes, format};
 pub use handle::StoreHandle;
+pub use inspect::{Inspection, LiveVolume, Remains, Word, inspect};
 pub use io::StoreIo;
-pub use keeper::open;
+pub use keeper::{Opening, begin_open, open};
 pub use layout::{FORMAT_VERSION, scrubbed_bytes};
+pub use lineage::{Found, Lineage, Renewal, Verdict};
 
 use std::path::PathBuf;
 

@@ -5,7 +5,9 @@
 //! | found | done |
 //! |---|---|
 //! | no, damaged, foreign or newer superblock; truncated file | refused, each with its own words |
+//! | one bad or older copy of the superblock | the other one suffices; it is written again. No damage where the last opening was cut while it wrote it |
 //! | gap in the log between checkpoint and newest frame | refused: committed changes are lost |
+//! | newest frame below the superblock's commit floor | reported: the newest commits are lost |
 //! | torn frame after the newest valid one | never committed; its place is written again |
 //! | one bad or older copy of a page | the other copy and the log suffice; both are written again |
 //! | both copies bad | the page's records are unknown and out of use; everything else serves |
@@ -23,11 +25,12 @@ use super::log::{Ring, scan};
 use super::record::ExtentState;
 use super::slots::{self, SlotCopy};
 use super::sums;
-use super::superblock::{Superblock, choose};
+use super::superblock::{Copy, Superblock, choose};
 use super::table::Table;
 use super::transfer::{SPAN_BYTES, read, read_around_damage};
 use super::wire::is_zero;
 use super::{Expect, Finding, Severity, VolumeSlot};
+use crate::buf::Buf;
 use crate::disk::{Disk, DiskFile};
 use crate::error::{Error, Result};
 use crate::ids::{PhysicalExtent, VolumeId};
@@ -35,11 +38,19 @@ use crate::ids::{PhysicalExtent, VolumeId};
 /// A store's metadata in memory, as of its newest durable commit.
 pub(super) struct Loaded {
     pub(super) superblock: Superblock,
+    pub(super) superblock_repair: Option<SuperblockRepair>,
     pub(super) books: Books,
     pub(super) ring: Ring,
     pub(super) slots: Slots,
     /// What is not as it should be.
     pub(super) findings: Vec<Finding>,
+}
+
+/// A superblock copy that is bad or older, and what has to be written there: the good one's bytes, fields that this version
+/// does not know included.
+pub(super) struct SuperblockRepair {
+    pub(super) at: u64,
+    pub(super) bytes: Buf,
 }
 
 /// What the volume slots hold.
@@ -72,7 +83,8 @@ pub(super) struct Repair {
 /// As [`super::open`].
 pub(super) async fn load(disk: &Disk, file: &DiskFile, expect: Expect) -> Result<Loaded> {
     let path = file.path().display().to_string();
-    let (superblock, mut findings) = read_superblock(disk, file.path(), file.size_bytes(), expect).await?;
+    let read_so_far = read_superblock(disk, file.path(), file.size_bytes(), expect).await?;
+    let (superblock, superblock_repair, mut findings) = read_so_far;
     let layout = superblock.layout;
     let damaged = |what: String| {
         Error::damaged(format!(
@@ -84,6 +96,13 @@ pub(super) async fn load(disk: &Disk, file: &DiskFile, expect: Expect) -> Result
     let log = log.await.map_err(|e| e.context(format!("{path}: redo log")))?;
     let scanned = scan(superblock.store, &log).map_err(damaged)?;
     drop(log);
+    if scanned.ring.lsn() < superblock.commit_floor {
+        findings.push(Finding::damage(format!(
+            "redo log: its newest commit is {}, and there was {} when the store was last opened",
+            scanned.ring.lsn(),
+            superblock.commit_floor
+        )));
+    }
 
     let mut table = Table::new(layout, superblock.store, ExtentState::Free);
     let (unknown, one_bad) = read_pages(disk, &layout, &mut table).await;
@@ -105,6 +124,7 @@ pub(super) async fn load(disk: &Disk, file: &DiskFile, expect: Expect) -> Result
     let slots = read_slots(disk, &superblock, &books, &mut findings).await;
     Ok(Loaded {
         superblock,
+        superblock_repair,
         books,
         ring: scanned.ring,
         slots,
@@ -118,7 +138,7 @@ pub(super) async fn read_superblock(
     path: &Path,
     size_bytes: u64,
     expect: Expect,
-) -> Result<(Superblock, Vec<Finding>)> {
+) -> Result<(Superblock, Option<SuperblockRepair>, Vec<Finding>)> {
     let path = path.display().to_string();
     if size_bytes < SUPERBLOCK_REGION {
         return Err(Error::invalid(format!(
@@ -131,9 +151,13 @@ pub(super) async fn read_superblock(
             "{path}: the superblock cannot be read; check the device"
         )));
     }
-    let copies =
-        [0, SUPERBLOCK_B_AT as usize].map(|at| Superblock::decode(&bytes[at..at + SLOT_BYTES as usize]));
-    let (superblock, findings) = choose(&path, copies)?;
+    let places = [0, SUPERBLOCK_B_AT];
+    let copies = places.map(|at| &bytes[at as usize..][..SLOT_BYTES as usize]);
+    let (superblock, findings) = choose(&path, copies.map(Superblock::decode))?;
+    let severity = match copies.iter().all(|copy| superblock.is_of_an_opening(copy)) {
+        true => Severity::Note,
+        false => Severity::Damage,
+    };
     let total = superblock.layout.total_bytes;
     if size_bytes < total {
         return Err(Error::invalid(format!(
@@ -158,7 +182,15 @@ pub(super) async fn read_superblock(
             superblock.store, superblock.name
         )));
     }
-    Ok((superblock, findings.into_iter().map(Finding::damage).collect()))
+    let best = Copy::Good(superblock.clone());
+    let good = copies.iter().position(|copy| Superblock::decode(copy) == best);
+    let other = 1 - good.expect("the superblock is one of the copies");
+    let repair = (copies[0] != copies[1]).then(|| SuperblockRepair {
+        at: places[other],
+        bytes: Buf::copy_of(copies[1 - other]),
+    });
+    let findings = findings.into_iter().map(|text| Finding { severity, text });
+    Ok((superblock, repair, findings.collect()))
 }
 
 /// Reads every page. What is unknown comes back as damage, and pages with one bad or older copy with what is wrong.

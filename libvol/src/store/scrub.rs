@@ -7,6 +7,7 @@ use std::rc::Rc;
 
 use futures_util::{TryStreamExt, stream};
 
+use super::TRANSACTION_RECORDS_MAX;
 use super::batch::Step;
 use super::keeper::Keeper;
 use super::transfer::{SPAN_BYTES, write_zeros};
@@ -49,6 +50,36 @@ impl Keeper {
         self.scrubbing.set(false);
         self.work.notify_all();
         self.changed.notify_all();
+    }
+
+    /// Puts free extents through the scrubber once more, and waits for its end. They are set aside first, so that nobody is
+    /// given one meanwhile.
+    ///
+    /// # Errors
+    /// `Unavailable` once the store is faulty or closing.
+    pub(super) async fn rescrub(&self, extents: Vec<PhysicalExtent>) -> Result<u32> {
+        self.check_open()?;
+        let taken = self.books.borrow_mut().reserve_these(&extents);
+        for some in taken.chunks(TRANSACTION_RECORDS_MAX) {
+            let committed = self.commit(some.iter().map(|extent| Step::Rescrub(*extent)).collect());
+            if let Err(error) = committed.await {
+                // What is committed is not reserved any more; the rest is free as it was.
+                self.books.borrow_mut().unreserve(&taken);
+                self.books_changed();
+                return Err(error);
+            }
+        }
+        self.changed
+            .until(|| {
+                let books = self.books.borrow();
+                let scrubbed = |extent: &PhysicalExtent| !books.is_pending(*extent);
+                match taken.iter().all(scrubbed) {
+                    true => Some(Ok(())),
+                    false => self.check_open().err().map(Err),
+                }
+            })
+            .await?;
+        Ok(taken.len() as u32)
     }
 
     /// The next few extents, each once.

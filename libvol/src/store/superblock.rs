@@ -1,12 +1,20 @@
-//! The superblock: what a store is, whose, and where its regions are. Written when the store is formatted, in two copies.
+//! The superblock: what a store is, whose, and where its regions are; in two copies. Written when the store is formatted,
+//! and at every opening, which changes its lineage ([`super::lineage`]) and nothing else.
 //!
 //! Reading tells five cases apart for each copy, so that the message can say what to do: good, of a newer format, damaged,
 //! absent. A copy of a newer format with a right checksum wins over an older good one: an upgrade was on its way.
 
-use super::layout::{FORMAT_VERSION, Layout, Region};
+use std::rc::Rc;
+
+use super::handle::Shared;
+use super::layout::{FORMAT_VERSION, Layout, Region, SUPERBLOCK_B_AT};
+use super::lineage::Found;
+use super::transfer::{read, read_around_damage};
 use super::wire::{crc32c, structure};
+use crate::buf::Buf;
+use crate::disk::Disk;
 use crate::error::{Error, Result};
-use crate::ids::{InstallationId, Name, StoreId};
+use crate::ids::{Incarnation, InstallationId, Name, StoreId};
 
 structure! {
     /// One superblock copy.
@@ -57,10 +65,15 @@ pub(super) struct Superblock {
     pub(super) created_seconds: u64,
     /// The higher copy wins.
     pub(super) sequence: u64,
+    /// Of the last opening; nil before the first.
+    pub(super) incarnation: Incarnation,
+    /// The newest lsn when that opening had recovered.
+    pub(super) commit_floor: u64,
 }
 
 /// What one copy turned out to be.
 #[derive(Debug, PartialEq, Eq)]
+#[expect(clippy::large_enum_variant, reason = "two of them are ever made, at open")]
 pub(super) enum Copy {
     Good(Superblock),
     /// Of a later format; whether its checksum is right.
@@ -72,6 +85,15 @@ pub(super) enum Copy {
 }
 
 impl Superblock {
+    /// What the store says of itself, with `lsn` its newest commit.
+    pub(super) fn found(&self, lsn: u64) -> Found {
+        Found {
+            incarnation: self.incarnation,
+            sequence: self.sequence,
+            lsn,
+        }
+    }
+
     pub(super) fn encode(&self) -> [u8; fields::SIZE] {
         let mut bytes = [0; fields::SIZE];
         let out = &mut bytes;
@@ -93,6 +115,8 @@ impl Superblock {
         }
         fields::CREATED.put_u64(out, self.created_seconds);
         fields::SEQUENCE.put_u64(out, self.sequence);
+        fields::INCARNATION.put(out, self.incarnation.as_bytes());
+        fields::COMMIT_FLOOR.put_u64(out, self.commit_floor);
         let crc = crc32c(&out[..fields::CRC.at]);
         fields::CRC.put_u32(out, crc);
         bytes
@@ -135,6 +159,11 @@ impl Superblock {
         if let Some(fault) = layout.fault() {
             return Copy::Damaged(format!("impossible layout: {fault}"));
         }
+        let sequence = fields::SEQUENCE.u64(bytes);
+        // No store is opened 2^62 times; what claims so would overflow later sums.
+        if sequence >= 1 << 62 {
+            return Copy::Damaged(format!("impossible sequence {sequence}"));
+        }
         Copy::Good(Self {
             store: StoreId::from_bytes(fields::STORE.id(bytes)),
             installation: InstallationId::from_bytes(fields::INSTALLATION.id(bytes)),
@@ -142,8 +171,88 @@ impl Superblock {
             zone,
             layout,
             created_seconds: fields::CREATED.u64(bytes),
-            sequence: fields::SEQUENCE.u64(bytes),
+            sequence,
+            incarnation: Incarnation::from_bytes(fields::INCARNATION.id(bytes)),
+            commit_floor: fields::COMMIT_FLOOR.u64(bytes),
         })
+    }
+}
+
+/// What became of a renewal.
+pub(super) struct Renewed {
+    /// At least one copy is the new superblock.
+    pub(super) done: bool,
+    /// Which copy could not be written, and why.
+    pub(super) failure: Option<String>,
+}
+
+impl Superblock {
+    /// Whether a copy is what openings write, whole or cut short: this superblock but for its lineage and its checksum. They
+    /// are in different sectors, so a cut may leave one without the other; rot seldom hits one alone and all of it, with a
+    /// sequence that can be.
+    pub(super) fn is_of_an_opening(&self, copy: &[u8]) -> bool {
+        let mut own = self.encode();
+        let lineage = [fields::SEQUENCE, fields::INCARNATION, fields::COMMIT_FLOOR];
+        let is_another = lineage.iter().any(|field| field.of(&own) != field.of(copy));
+        let sequence = fields::SEQUENCE.u64(copy);
+        // No store is opened 2^32 times between two of its copies.
+        let may_be = sequence != self.sequence
+            && sequence.abs_diff(self.sequence) < 1 << 32
+            && fields::INCARNATION.of(copy) != self.incarnation.as_bytes();
+        for field in lineage.into_iter().chain([fields::CRC]) {
+            field.put(&mut own, field.of(copy));
+        }
+        own[..] == *copy && (may_be || !is_another)
+    }
+}
+
+/// Writes `next` over both copies, one after the other, each durable and read back before the next. The copy that does not
+/// hold `now` goes first, so that a good one is there at every moment; where it cannot be written, the other one is left
+/// alone.
+///
+/// # Errors
+/// `Io` when a sync fails (the store is latched); one of the two is still there.
+pub(super) async fn renew(
+    shared: &Shared,
+    disk: &Disk,
+    now: &Superblock,
+    next: &Superblock,
+) -> Result<Renewed> {
+    let (first, _) = read_around_damage(disk, 0, fields::SIZE).await;
+    let order = match Superblock::decode(&first) {
+        Copy::Good(held) if held == *now => [SUPERBLOCK_B_AT, 0],
+        _ => [0, SUPERBLOCK_B_AT],
+    };
+    let bytes = Rc::new(Buf::copy_of(&next.encode()));
+    let mut done = false;
+    for at in order {
+        match write_copy(shared, disk, at, &bytes).await {
+            Ok(()) => done = true,
+            Err(error) if shared.fault().is_some() => return Err(error),
+            Err(error) => {
+                return Ok(Renewed {
+                    done,
+                    failure: Some(format!(
+                        "superblock copy {}: cannot be written ({error}); the store has one copy of it",
+                        if at == 0 { "A" } else { "B" }
+                    )),
+                });
+            }
+        }
+    }
+    Ok(Renewed { done, failure: None })
+}
+
+/// Writes one copy, syncs and reads it back.
+///
+/// # Errors
+/// `Io`. The store is latched only if the sync failed.
+pub(super) async fn write_copy(shared: &Shared, disk: &Disk, at: u64, bytes: &Rc<Buf>) -> Result<()> {
+    disk.write(at, bytes.clone(), 0..bytes.len()).await?;
+    shared.sync(disk, "superblock").await?;
+    match read(disk, at, bytes.len()).await?[..] == bytes[..] {
+        true => Ok(()),
+        false => Err(Error::io("it reads back other bytes than were written")),
     }
 }
 
@@ -241,6 +350,8 @@ mod tests {
             layout: Layout::plan(1 << 30, 4 << 20, Sizes::for_store(1 << 30, 4 << 20)).unwrap(),
             created_seconds: 1_700_000_000,
             sequence: 1,
+            incarnation: Incarnation::random(),
+            commit_floor: 7,
         }
     }
 
@@ -258,6 +369,30 @@ mod tests {
         let (chosen, findings) = choose("x", [Superblock::decode(&bad), Copy::Good(good.clone())]).unwrap();
         assert_eq!(chosen, good);
         assert!(findings[0].contains("copy A"), "{findings:?}");
+    }
+
+    #[test]
+    fn a_copy_that_an_opening_tore_is_told_from_a_damaged_one() {
+        let old = example();
+        let new = Superblock {
+            sequence: 2,
+            incarnation: Incarnation::random(),
+            commit_floor: 9,
+            ..old.clone()
+        };
+        let mut torn = new.encode();
+        torn[512..].copy_from_slice(&old.encode()[512..]);
+        assert!(matches!(Superblock::decode(&torn), Copy::Damaged(_)));
+        assert!(old.is_of_an_opening(&torn) && new.is_of_an_opening(&torn));
+        let mut rotten = old.encode();
+        rotten[300..316].iter_mut().for_each(|byte| *byte ^= 0xff);
+        assert!(!old.is_of_an_opening(&rotten), "no such sequence");
+        let mut rotten = old.encode();
+        rotten[310] ^= 1;
+        assert!(!old.is_of_an_opening(&rotten), "its incarnation alone");
+        torn[50] ^= 1;
+        assert!(!old.is_of_an_opening(&torn));
+        assert!(!old.is_of_an_opening(&[0; fields::SIZE]));
     }
 
     #[test]

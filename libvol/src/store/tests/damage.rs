@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::*;
 use crate::crypto::seal::{HOLE, verify_block};
-use crate::disk::sim::Rng;
+use crate::disk::sim::{Cut, Rng};
 use crate::error::{Error, Kind};
 use crate::store::layout::Layout;
 
@@ -224,6 +224,119 @@ fn one_bad_copy_of_a_page_costs_nothing_is_named_and_is_written_again() {
             }
         }
     }
+}
+
+#[test]
+fn one_bad_superblock_copy_is_written_again_byte_by_byte_from_the_other() {
+    let content = with_content(true);
+    let mut whole = [vec![0; 4096], vec![0; 4096]];
+    for (copy, bytes) in whole.iter_mut().enumerate() {
+        content.media.read(copy as u64 * 65536, bytes);
+    }
+    assert!(whole[0] == whole[1]);
+    for copy in [0, 1] {
+        let damages: [(u64, Vec<u8>); 4] = [
+            (50, vec![0x42; 3]),
+            (0, vec![0; 4096]),
+            // Reserved bytes are covered by the checksum as well.
+            (3000, vec![1]),
+            // Of a newer format, and torn: the older one is whole, so nothing had come of that yet.
+            (8, vec![9]),
+        ];
+        for (at, bytes) in damages {
+            let mut media = content.media.clone();
+            media.overwrite(copy * 65536 + at, &bytes);
+            let name = format!("superblock copy {}", if copy == 0 { "A" } else { "B" });
+            let damage = damage_of(media.clone());
+            assert!(damage.iter().any(|text| text.contains(&name)), "{damage:?}");
+            let ((), media) = with_store(8, media, async |_| ());
+            assert_eq!(damage_of(media.clone()), Vec::<String>::new(), "written again");
+            for (copy, bytes) in whole.iter().enumerate() {
+                let mut now = vec![0; 4096];
+                media.read(copy as u64 * 65536, &mut now);
+                assert!(now == *bytes);
+            }
+        }
+    }
+}
+
+#[test]
+fn free_extents_that_are_not_zero_are_named_and_scrubbed_when_asked_to() {
+    let mut content = with_content(true);
+    let free = content.layout.extents - 3;
+    content.media.overwrite(
+        content.layout.data_at(PhysicalExtent(free)) + 5000,
+        b"left behind",
+    );
+    content
+        .media
+        .overwrite(content.layout.sums_at(PhysicalExtent(free + 1)), b"left behind");
+    let report = checked(content.media.clone(), CheckScope::Full).unwrap();
+    assert!(!report.is_clean());
+    let unclean: BTreeSet<_> = report.unclean.iter().copied().collect();
+    assert_eq!(unclean, BTreeSet::from([free, free + 1].map(PhysicalExtent)));
+    let owned = content.volumes[0].1[0];
+    let (mut asked, dataset) = (report.unclean, content.volumes[0].0.dataset);
+    // What is not free is not touched, whoever asks.
+    asked.extend([owned, PhysicalExtent(u32::MAX)]);
+    let (space, media) = with_store(4, content.media, async move |store| {
+        let before = store.space();
+        assert_eq!(store.rescrub(asked).await.unwrap(), 2);
+        assert_eq!(store.space(), before, "free again");
+        let extents = store.extents_of(dataset).await.unwrap();
+        assert!(extents.iter().any(|extent| extent.physical == owned));
+        assert_eq!(store.rescrub(Vec::new()).await.unwrap(), 0);
+        store.close().await.unwrap();
+        before
+    });
+    assert_eq!(damage_of(media.clone()), Vec::<String>::new());
+    let (after, _) = with_store(5, media, async |store| store.space());
+    assert_eq!(after, space);
+}
+
+#[test]
+fn whatever_a_cut_leaves_of_scrubbing_again_doing_it_once_more_ends_it() {
+    let extent = PhysicalExtent(79);
+    let mut cut_short = 0;
+    for calls in 1..60 {
+        let mut content = with_content(true);
+        assert!(extent.0 < content.layout.extents);
+        content
+            .media
+            .overwrite(content.layout.data_at(extent), &[0x55; 4096]);
+        let driver = SimDriver::new(calls, vec![content.media]);
+        let runtime = Runtime::new(driver.clone());
+        let (file, cut) = (driver.file(0), driver.clone());
+        driver.cut_after_calls(calls);
+        let ended = runtime.block_on(async move {
+            let scrubbing = std::pin::pin!(async {
+                let store = open(&file, Expect::default()).await?;
+                store.rescrub(vec![extent]).await
+            });
+            let cut = std::pin::pin!(cut.until_cut());
+            match futures_util::future::select(scrubbing, cut).await {
+                futures_util::future::Either::Left((result, _)) => result.is_ok(),
+                futures_util::future::Either::Right(_) => false,
+            }
+        });
+        cut_short += u32::from(!ended);
+        let cut = Cut::random(&mut Rng::new(calls));
+        let media = driver.media_after_cut(cut).remove(0);
+        drop(runtime);
+        let unclean = checked(media.clone(), CheckScope::Full).unwrap().unclean;
+        assert!(
+            !ended || unclean.is_empty(),
+            "{calls} calls, {cut:?}: called done"
+        );
+        let ((), media) = with_store(calls, media, async move |store| {
+            store.rescrub(unclean).await.unwrap();
+            // All that waits for the scrubber is free by the time it can be had.
+            let space = store.space();
+            store.reserve(space.free + space.pending_scrub).await.unwrap();
+        });
+        assert_eq!(damage_of(media), Vec::<String>::new(), "{calls} calls, {cut:?}");
+    }
+    assert!(cut_short > 10);
 }
 
 #[test]

@@ -4,7 +4,9 @@ mod crash;
 mod damage;
 mod drawing;
 mod faults;
+mod inspect;
 mod life;
+mod lineage;
 mod lost;
 mod real;
 mod syncs;
@@ -15,10 +17,10 @@ use super::layout::Sizes;
 use super::*;
 use crate::buf::Buf;
 use crate::crypto::seal::{SealedBuf, block_sum};
-use crate::disk::Disk;
 use crate::disk::sim::{Media, SimDriver};
+use crate::disk::{Disk, DiskFile};
 use crate::error::Result;
-use crate::ids::{BlockIndex, Epoch};
+use crate::ids::{BlockIndex, Epoch, Incarnation};
 use crate::limits::BLOCK_SIZE;
 use crate::runtime::Runtime;
 
@@ -69,6 +71,17 @@ pub(super) fn formatted(zero_filled: bool) -> Media {
             .unwrap();
     });
     driver.media().remove(0)
+}
+
+/// Opens a store as one that keeps account of its lineage does. Its incarnation is drawn from `seed`.
+pub(super) async fn open_anew(file: &DiskFile, seed: u64) -> Result<StoreHandle> {
+    let opening = begin_open(file, Expect::default()).await?;
+    let renewal = Lineage::default().begin(&opening.found(), incarnation(seed));
+    opening.finish(Some(renewal)).await
+}
+
+pub(super) fn incarnation(seed: u64) -> Incarnation {
+    Incarnation::from_bytes(u128::from(seed).to_be_bytes())
 }
 
 /// Opens the medium, runs `work` over it, and returns the medium as reads see it afterwards.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::disk::{DiskFile, EngineChoice, OpenMode, make_driver};
+use crate::disk::{EngineChoice, OpenMode, make_driver};
 
 const SIZE: u64 = 80 << 20;
 
