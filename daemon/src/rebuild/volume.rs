@@ -197,7 +197,7 @@ pub(super) fn decide(id: VolumeId, stores: &Stores<'_>) -> Result<Rebuilt, Strin
         replicas: replicas.collect(),
         missing,
         losses,
-        update: given_up.then(|| store::VolumeRecord {
+        update: given_up.then_some(store::VolumeRecord {
             volume: id,
             size_bytes,
             membership_epoch: epoch,
