@@ -8,7 +8,7 @@ use libvol::catalog::{
     VolumeRecord,
 };
 use libvol::ids::{CustomerId, StoreId, VmId, VolumeId};
-use libvol::store::{CheckReport, Finding, Member, Verdict, VolumeReport};
+use libvol::store::{CheckReport, Finding, Member, Verdict, VolumeReport, VolumeSlot};
 
 /// What the catalog says.
 #[derive(Default)]
@@ -141,16 +141,12 @@ fn check_volume(
                 "volume {path}: its replica on store {store:?} is out of sync; it catches up when vold runs"
             )));
         }
-        findings.extend(
-            contradictions(volume, replica.state, here)
-                .into_iter()
-                .map(|what| Finding::damage(format!("volume {path}, store {store:?}: {what}"))),
-        );
-        if here
-            .slot
-            .as_ref()
-            .is_some_and(|slot| slot.stores != volume.stores())
-        {
+        let contradictions = contradictions(volume, replica.state, here);
+        let other_stores = |slot: &VolumeSlot| slot.stores != volume.stores();
+        let moved = here.slot.as_ref().is_some_and(other_stores) && !contradictions.contains(&OTHER_STORES);
+        let damage = |what: &str| Finding::damage(format!("volume {path}, store {store:?}: {what}"));
+        findings.extend(contradictions.into_iter().map(damage));
+        if moved {
             findings.push(Finding::note(format!(
                 "volume {path}: its slot on store {store:?} names other stores than the catalog: a replica that moved was interrupted; the volume's next opening writes it anew"
             )));
@@ -163,6 +159,8 @@ fn check_volume(
         }
     }
 }
+
+const OTHER_STORES: &str = "its slot names other stores";
 
 /// What a store says of a volume and the catalog does not.
 fn contradictions(volume: &VolumeRecord, state: Member, here: &VolumeReport) -> Vec<&'static str> {
@@ -177,6 +175,11 @@ fn contradictions(volume: &VolumeRecord, state: Member, here: &VolumeReport) -> 
     if let Some(slot) = &here.slot {
         if slot.customer != volume.customer {
             what.push("its slot names another customer");
+        }
+        // A store never has another place than it had.
+        let mut named = slot.stores.iter().enumerate();
+        if named.any(|(place, store)| volume.replica_on(*store).is_some_and(|own| own != place)) {
+            what.push(OTHER_STORES);
         }
         if slot.keys.is_empty() {
             what.push("its slot holds no key");
@@ -207,9 +210,10 @@ fn check_unknown(known: &Known, reports: &BTreeMap<StoreId, &CheckReport>, findi
             .filter(|id| !placed.contains(&(**id, *store)))
         {
             let name = report.name.as_str();
-            let is_leaving = |record: &StoreRecord| record.id == *store && record.leaving.is_some();
-            let has_moved =
-                known.stores.iter().any(is_leaving) && known.volumes.iter().any(|volume| volume.id == *id);
+            let older = |volume: &VolumeRecord| {
+                volume.id == *id && report.volumes[id].membership_epoch < volume.membership_epoch
+            };
+            let has_moved = known.volumes.iter().any(older);
             findings.push(if being_destroyed.contains(&(*id, *store)) {
                 Finding::note(format!(
                     "store {name:?}: the destruction of volume {id} is not finished; the next start goes on with it"
@@ -457,13 +461,34 @@ mod tests {
     }
 
     #[test]
-    fn a_vacant_place_is_no_replica_and_what_its_store_holds_there_is_damage() {
+    fn a_vacant_place_is_no_replica_and_what_is_there_is_a_note_only_if_it_is_of_before() {
         for replica in [0, 1] {
             let (mut known, mut reports) = consistent();
-            known.volumes[0].replicas[replica].state = Member::Vacant;
+            let place = &mut known.volumes[0].replicas[replica];
+            (place.state, place.store) = (Member::Vacant, StoreId::NIL);
+            let named = |findings: &[Finding]| {
+                let texts = findings.iter().map(|finding| finding.text.clone());
+                texts
+                    .filter(|text| !text.contains("names other stores"))
+                    .collect::<Vec<_>>()
+            };
+            let found = named(&findings(&known, &reports));
+            assert_eq!(found.len(), 1, "{found:?}");
+            assert!(found[0].contains("is not in the catalog"), "{found:?}");
+            // The membership has risen since.
+            known.volumes[0].membership_epoch = Epoch(2);
+            for report in &mut reports {
+                let here = report.volumes.values_mut().next().unwrap();
+                here.slot.as_mut().unwrap().stores = known.volumes[0].stores();
+            }
+            let other = &mut reports[1 - replica];
+            other.volumes.values_mut().next().unwrap().membership_epoch = Epoch(2);
             let found = findings(&known, &reports);
             assert_eq!(found.len(), 1, "{found:?}");
-            assert!(found[0].text.contains("is not in the catalog"), "{found:?}");
+            assert!(
+                found[0].severity == Severity::Note && found[0].text.contains("has moved"),
+                "{found:?}"
+            );
             reports.remove(replica);
             known.stores.remove(replica);
             assert_eq!(findings(&known, &reports), []);

@@ -8,7 +8,7 @@
 //! | more replicas in sync than wanted, or one on a lost store that others do without | one on a leaving store leaves; its place becomes vacant |
 //! | fewer replicas than wanted on stores that stay | a store of another zone is taken in, to be copied ([`super::replicas`]) |
 //! | more replicas than wanted, and none on a leaving store | a drain was called off: the last one that is not in sync leaves |
-//! | a volume on a draining store that has no replica there by the catalog | what is left there is destroyed |
+//! | a volume on a store where it has no replica by the catalog, of an older membership than the catalog's | what is left there is destroyed (draining stores are looked at all the time, others when they are opened) |
 //! | a lost store without replicas | its record goes |
 //!
 //! Membership is the volume's to write; slots' lists of stores follow it ([`Operations::settle_slots`]).
@@ -314,8 +314,8 @@ impl Operations {
         Ok(())
     }
 
-    /// What volumes that have moved, or were destroyed, left on a draining store.
-    async fn clear_out(&self, store: &StoreRecord) -> Result<()> {
+    /// What volumes that have moved, or were destroyed, left on a store.
+    pub(super) async fn clear_out(&self, store: &StoreRecord) -> Result<()> {
         let Ok(handle) = self.open_store(store) else {
             return Ok(());
         };
@@ -326,10 +326,17 @@ impl Operations {
             let _lock = self.volume_locks.lock(id).await;
             let (volume, destroyed) =
                 self.look(|view| Ok((view.get::<VolumeRecord>(id)?, view.get::<Tombstone>(id)?)))?;
-            let moved = |volume: &VolumeRecord| volume.phase == Phase::Ready && !volume.is_on(store.id);
+            let away = |volume: &VolumeRecord| volume.phase == Phase::Ready && !volume.is_on(store.id);
             let handle = handle.clone();
             match (volume, destroyed) {
-                (Some(volume), _) if moved(&volume) => {
+                (Some(volume), _) if away(&volume) => {
+                    // A store that knows of a newer membership has something to say; the catalog is then the older one.
+                    let here = self.state_on(&handle, id).await?;
+                    let older =
+                        |record: &store::VolumeRecord| record.membership_epoch < volume.membership_epoch;
+                    if !matches!(&here, store::VolumeState::Live(record, _) if older(record)) {
+                        continue;
+                    }
                     shard
                         .call(move |_| async move { handle.give_up_volume(id).await })
                         .await?;

@@ -113,6 +113,9 @@ impl Operations {
                 Ok(handle) => {
                     tracing::info!(store = %record.name, "back in use");
                     self.set_seat(record.id, Seat::Open(handle));
+                    if let Err(e) = self.clear_out(&record).await {
+                        tracing::warn!(store = %record.name, "what volumes have left there stays for now: {e}");
+                    }
                 }
                 // Logged when it was found out of use; why may have changed.
                 Err(e) => self.set_seat(record.id, Seat::Closed(e.to_string())),

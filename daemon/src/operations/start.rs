@@ -65,6 +65,7 @@ impl Operations {
         });
         operations.open_stores().await?;
         operations.take_up_volumes().await?;
+        operations.clear_out_stores().await?;
         operations.resume_destroys()?;
         operations.watch_faults();
         operations.watch_replicas();
@@ -99,6 +100,16 @@ impl Operations {
                 }
             };
             self.set_seat(record.id, seat);
+        }
+        Ok(())
+    }
+
+    /// What moves that a crash interrupted have left on stores.
+    async fn clear_out_stores(&self) -> Result<()> {
+        for store in self.look(|view| view.all::<StoreRecord>())? {
+            if let Err(e) = self.clear_out(&store).await {
+                tracing::warn!(store = %store.name, "what volumes have left there stays for now: {e}");
+            }
         }
         Ok(())
     }

@@ -194,6 +194,7 @@ impl Planner<'_> {
             replicas,
             missing,
             losses,
+            notes,
             update,
         } = rebuilt;
         let label = label(&slot);
@@ -201,6 +202,7 @@ impl Planner<'_> {
             self.missing.entry(store).or_default().insert(label.clone());
         }
         self.plan.losses.extend(losses);
+        self.plan.notes.extend(notes);
         if phase == Phase::Creating {
             self.plan.notes.push(format!(
                 "{label}: its creation had been interrupted (it is empty, and not on all of its stores); the next start rolls it back"

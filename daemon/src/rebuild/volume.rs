@@ -53,6 +53,8 @@ pub(super) struct Rebuilt {
     pub(super) missing: Vec<StoreId>,
     /// What is given up besides, a line each.
     pub(super) losses: Vec<String>,
+    /// What is worth knowing, a line each.
+    pub(super) notes: Vec<String>,
     /// What the stores of in-sync replicas have to be told first.
     pub(super) update: Option<store::VolumeRecord>,
 }
@@ -114,6 +116,7 @@ pub(super) fn decide(id: VolumeId, stores: &Stores<'_>) -> Result<Rebuilt, Strin
             replicas: holders.map(|(store, _)| ReplicaRecord::in_sync(*store)).collect(),
             missing: Vec::new(),
             losses: Vec::new(),
+            notes: Vec::new(),
             update: None,
         });
     }
@@ -154,11 +157,17 @@ pub(super) fn decide(id: VolumeId, stores: &Stores<'_>) -> Result<Rebuilt, Strin
         given_up |= believed(i);
         losses.push(format!("{label}: store {}: {why}", name(stores, *store)));
     }
-    for (store, _) in here().filter(|(store, _)| !slot.stores.contains(store)) {
-        losses.push(format!(
-            "{label}: store {} holds it, and its slot does not name that store",
-            name(stores, store)
-        ));
+    let mut notes = Vec::new();
+    for (store, held) in here().filter(|(store, _)| !slot.stores.contains(store)) {
+        let store = name(stores, store);
+        match held.record.membership_epoch < highest {
+            true => notes.push(format!(
+                "{label}: store {store} has an older replica of it, whose place was given up; it is destroyed when vold runs"
+            )),
+            false => losses.push(format!(
+                "{label}: store {store} holds it, and its slot does not name that store"
+            )),
+        }
     }
     if !in_sync.contains(&true) {
         let Some(best) = best_stale(&places) else {
@@ -197,6 +206,7 @@ pub(super) fn decide(id: VolumeId, stores: &Stores<'_>) -> Result<Rebuilt, Strin
         replicas: replicas.collect(),
         missing,
         losses,
+        notes,
         update: given_up.then_some(store::VolumeRecord {
             volume: id,
             size_bytes,
