@@ -7,7 +7,7 @@ SHELL := /bin/bash
 
 SAY := printf '\n== %s\n'
 
-.PHONY: help as-root setup build demo test test-full bench fmt clippy
+.PHONY: help as-root setup build demo test test-full bench bench-recovery fmt clippy
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,11 @@ bench: setup ## Compare with qemu-storage-daemon in one run; BENCH="--rounds 5 -
 	@$(SAY) "building with optimisation (cargo build --release)"
 	cargo build --release --locked --bin vold --bin volctl --bin compare
 	target/release/compare $(BENCH)
+
+bench-recovery: setup ## First I/O after a crash, and how fast all marked extents are reconciled
+	@$(SAY) "building with optimisation (cargo build --release)"
+	cargo build --release --locked --bin vold --bin volctl --bin recovery
+	target/release/recovery $(BENCH)
 
 fmt: ## Format the sources
 	cargo fmt --all

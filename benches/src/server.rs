@@ -57,11 +57,12 @@ impl Drop for Running {
     }
 }
 
-/// `vold`, with one volume of one replica and one of two.
+/// `vold` over two stores, with a customer and a VM.
 pub struct Vold {
     process: Running,
     api: String,
     dir: PathBuf,
+    extra: Vec<String>,
 }
 
 impl Vold {
@@ -70,30 +71,27 @@ impl Vold {
     /// # Errors
     /// What it says when it does not start.
     pub fn start(dir: &Path, store_bytes: u64, extra: &[String]) -> Result<Self> {
+        Self::start_with(dir, store_bytes, libvol::limits::EXTENT_BYTES_DEFAULT, extra)
+    }
+
+    /// The same with another extent size.
+    ///
+    /// # Errors
+    /// As [`Vold::start`].
+    pub fn start_with(dir: &Path, store_bytes: u64, extent_bytes: u64, extra: &[String]) -> Result<Self> {
         let dir = dir.join("vold");
         fs::create_dir(&dir)?;
-        let data = dir.join("d");
-        let log = fs::File::create(dir.join("log"))?;
-        let child = Command::new(workspace_binary("vold"))
-            .arg("serve")
-            .arg("--data-dir")
-            .arg(&data)
-            .args(extra)
-            .stdin(Stdio::null())
-            .stdout(fs::File::create(dir.join("ready"))?)
-            .stderr(log)
-            .spawn()
-            .context("vold")?;
         let mut vold = Self {
-            process: Running(child),
-            api: format!("unix:{}", data.join("api.sock").display()),
+            process: Running(serve(&dir, extra)?),
+            api: format!("unix:{}", dir.join("d/api.sock").display()),
             dir,
+            extra: extra.to_vec(),
         };
         vold.wait_until_ready()?;
         for store in ["a", "b"] {
             let path = vold.dir.join(store);
             vold.volctl(&format!(
-                "store add {store} --path {} --size {store_bytes}",
+                "store add {store} --path {} --size {store_bytes} --extent-size {extent_bytes}",
                 path.display()
             ))?;
         }
@@ -102,7 +100,39 @@ impl Vold {
         Ok(vold)
     }
 
-    fn wait_until_ready(&mut self) -> Result<()> {
+    /// Ends the process with kill -9, calls `between`, and starts it again; does not wait until it is ready.
+    ///
+    /// # Errors
+    /// When it does not start; those of `between`.
+    pub fn kill_and_start(&mut self, between: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.process.0.kill()?;
+        self.process.0.wait()?;
+        between()?;
+        self.process = Running(serve(&self.dir, &self.extra)?);
+        Ok(())
+    }
+
+    /// The file of a store, `a` or `b`.
+    pub fn store(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// What it has logged since it was started last.
+    ///
+    /// # Errors
+    /// Reading the file.
+    pub fn log(&self) -> Result<String> {
+        Ok(fs::read_to_string(self.dir.join("log"))?)
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.process.0.id()
+    }
+
+    /// # Errors
+    /// What it says when it ends.
+    pub fn wait_until_ready(&mut self) -> Result<()> {
         let (ready, log) = (self.dir.join("ready"), self.dir.join("log"));
         let child = &mut self.process.0;
         let ended = wait_for("vold is ready or ends", || {
@@ -115,7 +145,11 @@ impl Vold {
         Ok(())
     }
 
-    fn volctl(&self, words: &str) -> Result<serde_json::Value> {
+    /// `volctl` with these words; its JSON.
+    ///
+    /// # Errors
+    /// What it says.
+    pub fn volctl(&self, words: &str) -> Result<serde_json::Value> {
         let output = output(
             Command::new(workspace_binary("volctl"))
                 .env("VOLD_API", &self.api)
@@ -157,6 +191,19 @@ impl Vold {
         let text = |field: &str| version[field].as_str().unwrap_or("?").to_owned();
         Ok(format!("vold {} ({})", text("version"), text("io_engine")))
     }
+}
+
+fn serve(dir: &Path, extra: &[String]) -> Result<Child> {
+    Command::new(workspace_binary("vold"))
+        .arg("serve")
+        .arg("--data-dir")
+        .arg(dir.join("d"))
+        .args(extra)
+        .stdin(Stdio::null())
+        .stdout(fs::File::create(dir.join("ready"))?)
+        .stderr(fs::File::create(dir.join("log"))?)
+        .spawn()
+        .context("vold")
 }
 
 /// How qemu-storage-daemon is set up.

@@ -3,9 +3,11 @@
 //! How a store fails here: one is on a block device, the other in a file, and a limit on file sizes (`prlimit --fsize`)
 //! makes the kernel refuse every write to the file beyond its first MiBs, as long as it stands.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 
-use vold_tests::content::bytes;
+use rand::RngExt;
+use vold_tests::content::{bytes, seeded};
 use vold_tests::devices::LoopDevice;
 use vold_tests::nbd::Client;
 use vold_tests::tools::run;
@@ -128,6 +130,44 @@ fn a_store_that_is_away_at_the_start_is_served_without_and_catches_up_when_it_is
     vold.restart();
     let mut client = Client::connect(&uri);
     assert!(client.read(5 * MIB, MIB as usize).unwrap() == bytes(7, MIB as usize));
+}
+
+#[test]
+fn a_replica_is_written_no_more_than_it_missed_while_the_daemon_kept_running() {
+    let (mut vold, _device, uri) = device_and_file(Engine::Uring, "128M");
+    let mut client = Client::connect(&uri);
+    write_all(&mut client, 100);
+    limit_files(&vold, &(8 * MIB).to_string());
+    // Blocks here and there, many of them more than once.
+    let mut random = seeded("missed blocks");
+    let mut missed = BTreeSet::new();
+    for number in 0..3000u64 {
+        let block = random.random_range(0..32 * MIB / 4096);
+        client.write(block * 4096, &bytes(1000 + number, 4096)).unwrap();
+        missed.insert(block);
+    }
+    client.flush().unwrap();
+    assert_ne!(replica(&vold, "b")["state"], "in_sync");
+    limit_files(&vold, "unlimited");
+    wait_until_in_sync(&vold, "b");
+    let log = vold.log();
+    let copied = log
+        .lines()
+        .rev()
+        .find(|line| line.contains("in sync again"))
+        .unwrap();
+    let copied = copied.split("copied_bytes=").nth(1).unwrap();
+    let copied: u64 = copied.split_whitespace().next().unwrap().parse().unwrap();
+    let missed = missed.len() as u64 * 4096;
+    println!(
+        "missed {missed} bytes, copied {copied}: {:.3}",
+        copied as f64 / missed as f64
+    );
+    assert!(copied * 10 <= missed * 11, "missed {missed}, copied {copied}");
+    assert!(copied * 10 >= missed * 9, "missed {missed}, copied {copied}");
+    drop(client);
+    vold.stop();
+    vold.check_is_clean();
 }
 
 #[test]
