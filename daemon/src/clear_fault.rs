@@ -84,6 +84,7 @@ mod tests {
             extents: 1,
             allow_buffered: false,
             lineage: Lineage::default(),
+            leaving: None,
             fault: Some(StoreFault {
                 reason: "sync: Input/output error".into(),
                 since_unix_seconds: 1,
@@ -133,6 +134,7 @@ mod tests {
                 reason: Some("old".into()),
                 ..ReplicaRecord::in_sync(store.id)
             }],
+            replicas_wanted: 1,
             membership_epoch: Epoch(1),
             attachment_epoch: Epoch(0),
             phase: Phase::Ready,

@@ -5,12 +5,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use libvol::disk::EngineChoice;
-use libvol::limits::BLOCK;
+use libvol::limits::{BLOCK, RESYNC_BYTES_PER_SECOND_DEFAULT};
 use libvol::{Error, Kind, Result};
 use serde::Deserialize;
 
 use crate::args::Serve;
-use crate::operations::ScrubSettings;
+use crate::operations::{ScrubSettings, Settings};
 
 /// Data-plane threads a daemon may have; each is one core's worth of work.
 const SHARDS_MAX: u16 = 64;
@@ -49,6 +49,8 @@ struct File {
     log: Option<String>,
     #[serde(default)]
     scrub: Scrub,
+    #[serde(default)]
+    resync: Resync,
 }
 
 /// The table `[scrub]`: every key is optional.
@@ -73,8 +75,15 @@ impl Scrub {
     }
 }
 
+/// The table `[resync]`.
+#[derive(Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Resync {
+    bytes_per_second: Option<u64>,
+}
+
 /// The file's keys, for the refusal of others. A test holds it to [`File`].
-const KEYS: [&str; 4] = ["io_engine", "shards", "log", "scrub"];
+const KEYS: [&str; 5] = ["io_engine", "shards", "log", "scrub", "resync"];
 
 /// Settings in force.
 #[derive(Debug, PartialEq, Eq)]
@@ -85,8 +94,8 @@ pub(crate) struct Config {
     pub(crate) shards: usize,
     /// Log filter, as `info` or `vold=debug,libvol=info`.
     pub(crate) log: String,
-    /// When and how fast volumes are verified.
-    pub(crate) scrub: ScrubSettings,
+    /// How fast the background works.
+    pub(crate) settings: Settings,
 }
 
 impl Config {
@@ -119,7 +128,13 @@ impl Config {
                 .ok()
                 .or(file.log)
                 .unwrap_or_else(|| "info".into()),
-            scrub: file.scrub.settings(),
+            settings: Settings {
+                scrub: file.scrub.settings(),
+                resync_bytes_per_second: file
+                    .resync
+                    .bytes_per_second
+                    .unwrap_or(RESYNC_BYTES_PER_SECOND_DEFAULT),
+            },
         })
     }
 }
@@ -160,6 +175,13 @@ fn parse(path: &Path, text: &str) -> Result<File> {
             "scrub.bytes_per_second = {rate}; use {BLOCK} or more, or pass_days = 0 for none but what is asked for"
         )));
     }
+    if let Some(rate) = file.resync.bytes_per_second
+        && rate < BLOCK
+    {
+        return Err(invalid(format!(
+            "resync.bytes_per_second = {rate}; use {BLOCK} or more"
+        )));
+    }
     Ok(file)
 }
 
@@ -193,7 +215,7 @@ mod tests {
         let path = Path::new("f");
         assert_eq!(parse(path, "").unwrap(), File::default());
         let all = "io_engine = \"threads\"\nshards = 3\nlog = \"debug\"\n\
-            [scrub]\npass_days = 7\nbytes_per_second = 5000000\n";
+            [scrub]\npass_days = 7\nbytes_per_second = 5000000\n[resync]\nbytes_per_second = 9000000\n";
         let file = parse(path, all).unwrap();
         assert_eq!(file.io_engine, Some(IoEngine::Threads));
         assert_eq!((file.shards, file.log.as_deref()), (Some(3), Some("debug")));
@@ -202,6 +224,8 @@ mod tests {
             bytes_per_second: Some(5_000_000),
         };
         assert_eq!(file.scrub.settings(), scrub);
+        assert_eq!(file.resync.bytes_per_second, Some(9_000_000));
+        assert!(refusal("[resync]\nbytes_per_second = 1\n").contains("4096 or more"));
         let written: toml::Table = toml::from_str(all).unwrap();
         assert!(
             KEYS.iter().all(|key| written.contains_key(*key)),

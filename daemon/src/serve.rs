@@ -55,7 +55,7 @@ async fn serve(args: &Serve, config: &Config) -> Result<()> {
         keys,
         config.shards,
         config.io_engine.into(),
-        config.scrub,
+        config.settings.clone(),
     )
     .await?;
     let server = api::Server::bind(&api_socket, operations.clone())?;

@@ -6,7 +6,9 @@
 //! | `GET /v1/status` | | [`Status`] |
 //! | `POST /v1/stores` | [`StoreAdd`] | [`Store`] |
 //! | `GET /v1/stores`, `GET /v1/stores/{name}` | | [`List`] of [`Store`], [`Store`] |
-//! | `DELETE /v1/stores/{name}` | | [`Done`] |
+//! | `POST /v1/stores/{name}/reopen` | | [`Store`] |
+//! | `POST /v1/stores/{name}/drain` | [`StoreDrain`] | [`Store`] |
+//! | `DELETE /v1/stores/{name}`, `DELETE /v1/stores/{name}?lost=true` | | [`Done`] |
 //! | `POST /v1/customers` | [`CustomerCreate`] | [`Customer`] |
 //! | `GET /v1/customers`, `GET /v1/customers/{customer}` | | [`List`] of [`Customer`], [`Customer`] |
 //! | `POST /v1/vms` | [`VmCreate`] | [`Vm`] |
@@ -136,6 +138,21 @@ pub enum StoreState {
     Offline,
     /// A sync failed; out of use until an operator acts.
     Faulty,
+    /// In use; its replicas move off.
+    Draining,
+    /// In use; nothing is on it any more, and what was is overwritten.
+    Drained,
+    /// Given up; its replicas are being replaced.
+    Lost,
+}
+
+/// `volctl store drain`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoreDrain {
+    /// Leave what is there, and use the store as before.
+    #[serde(default)]
+    pub cancel: bool,
 }
 
 /// A store.
@@ -153,6 +170,8 @@ pub struct Store {
     pub state: StoreState,
     /// Why it is not online.
     pub reason: Option<String>,
+    /// Volumes that have a replica on it.
+    pub replicas: usize,
     /// `in_place`, `not_in_place` or `unknown`.
     pub medium: String,
     /// What the medium's class rests on.
@@ -390,6 +409,8 @@ pub enum DestroyStep {
     Scrubbing,
     /// All overwritten, verified and free.
     Done,
+    /// The store was given up as lost; nothing is known of what it holds.
+    Lost,
 }
 
 /// Progress on one store.

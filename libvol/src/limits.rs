@@ -16,6 +16,9 @@ pub const REPLICAS_MAX: usize = 3;
 
 /// Places for replicas that a volume has: one more than replicas, for the time one moves to another store.
 pub const VOLUME_PLACES_MAX: usize = REPLICAS_MAX + 1;
+/// Bytes a second that a replica which catches up is written with, unless the operator says otherwise: a quarter of what an
+/// ordinary NVMe disk writes, so that clients keep most of it.
+pub const RESYNC_BYTES_PER_SECOND_DEFAULT: u64 = 256 << 20;
 
 /// Default extent: 4 MiB, so a checksum area is 4 KiB of sums and one header sector, rounded up to 8 KiB (0.2 %).
 pub const EXTENT_BYTES_DEFAULT: u64 = 4 << 20;

@@ -14,14 +14,14 @@ use vold_tests::{Engine, Vold, wait_for};
 const MIB: u64 = 1 << 20;
 
 /// Store `a` on a device, store `b` in a file; `acme/vol` of 32 MiB on both, attached.
-fn device_and_file(engine: Engine) -> (Vold, LoopDevice, String) {
+fn device_and_file(engine: Engine, file_size: &str) -> (Vold, LoopDevice, String) {
     let vold = Vold::start_on(engine);
     let image = vold.path("image");
     File::create(&image).unwrap().set_len(128 << 20).unwrap();
     let device = LoopDevice::over(&image);
     vold.ctl(&format!("store add a --path {}", device.path().display()));
     vold.ctl(&format!(
-        "store add b --path {} --size 128M",
+        "store add b --path {} --size {file_size}",
         vold.store_path("b").display()
     ));
     vold.ctl("customer create acme");
@@ -73,7 +73,7 @@ fn reads_back(client: &mut Client, seed: u64) {
 #[test]
 fn a_store_that_fails_writes_costs_its_replica_and_no_client_an_error_and_it_catches_up() {
     for engine in Engine::ALL {
-        let (mut vold, _device, uri) = device_and_file(engine);
+        let (mut vold, _device, uri) = device_and_file(engine, "128M");
         let mut client = Client::connect(&uri);
         write_all(&mut client, 100);
         limit_files(&vold, &(8 * MIB).to_string());
@@ -101,7 +101,7 @@ fn a_store_that_fails_writes_costs_its_replica_and_no_client_an_error_and_it_cat
 
 #[test]
 fn a_store_that_is_away_at_the_start_is_served_without_and_catches_up_when_it_is_there_again() {
-    let (mut vold, _device, uri) = device_and_file(Engine::Uring);
+    let (mut vold, _device, uri) = device_and_file(Engine::Uring, "128M");
     let mut client = Client::connect(&uri);
     write_all(&mut client, 100);
     drop(client);
@@ -128,6 +128,39 @@ fn a_store_that_is_away_at_the_start_is_served_without_and_catches_up_when_it_is
     vold.restart();
     let mut client = Client::connect(&uri);
     assert!(client.read(5 * MIB, MIB as usize).unwrap() == bytes(7, MIB as usize));
+}
+
+#[test]
+fn a_faulty_store_is_out_of_use_until_an_operator_reopens_it_and_then_catches_up() {
+    let (mut vold, _device, uri) = device_and_file(Engine::Uring, "16G");
+    let mut client = Client::connect(&uri);
+    write_all(&mut client, 100);
+    let refused = vold.refused("store reopen b");
+    assert!(refused.message.contains("not faulty"), "{refused:?}");
+    // A store of that size has its log behind 32 MiB of slots: now it cannot write its metadata, and the catalog can.
+    limit_files(&vold, &(20 * MIB).to_string());
+    write_all(&mut client, 200);
+    let show = |name: &str| vold.ctl(&format!("store show {name}"));
+    wait_for("the store is faulty", || {
+        let _ = vold
+            .volctl("volume create acme/two --size 8M --replicas 2")
+            .output();
+        (show("b")["state"] == "faulty").then_some(())
+    });
+    let status = vold.ctl("status")["warnings"].to_string();
+    assert!(status.contains("\\\"b\\\" is faulty"), "{status}");
+    assert!(status.contains("acme/vol: its replica on store"), "{status}");
+    // The device is well again; nobody uses the store before the operator says so.
+    limit_files(&vold, "unlimited");
+    write_all(&mut client, 300);
+    assert_eq!(show("b")["state"], "faulty");
+    assert_ne!(replica(&vold, "b")["state"], "in_sync");
+    assert_eq!(vold.ctl("store reopen b")["state"], "online");
+    wait_until_in_sync(&vold, "b");
+    reads_back(&mut client, 300);
+    drop(client);
+    vold.stop();
+    vold.check_is_clean();
 }
 
 #[test]

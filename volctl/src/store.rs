@@ -1,8 +1,10 @@
 //! `volctl store`: the files and block devices that hold extents.
 
+use std::time::Duration;
+
 use clap::Subcommand;
 use libvol::Kind;
-use libvol::control::{Done, List, Store, StoreAdd};
+use libvol::control::{Done, List, Store, StoreAdd, StoreDrain, StoreState};
 use libvol::ids::Name;
 
 use crate::Session;
@@ -45,10 +47,24 @@ pub(crate) enum Command {
         /// Its name
         name: Name,
     },
+    /// Move all replicas off a store while they serve; new ones go elsewhere
+    Drain {
+        /// Its name
+        name: Name,
+        /// Leave what is still there, and use the store as before
+        #[arg(long, conflicts_with = "wait")]
+        cancel: bool,
+        /// Return only when the store is empty, and all that was on it is overwritten
+        #[arg(long)]
+        wait: bool,
+    },
     /// Give up a store that holds nothing any more
     Remove {
         /// Its name
         name: Name,
+        /// It will not come back: replace its replicas from the others
+        #[arg(long)]
+        lost: bool,
     },
 }
 
@@ -83,13 +99,60 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
                 .post::<Store>(&format!("/v1/stores/{name}/reopen"), &serde_json::json!({}))
                 .await?,
         ),
-        Command::Remove { name } => {
+        Command::Drain { name, cancel, wait } => {
+            let path = format!("/v1/stores/{name}/drain");
+            let mut store: Store = session.client.post(&path, &StoreDrain { cancel }).await?;
+            if wait {
+                store = drained(session, store).await?;
+            }
+            session.show(&store)
+        }
+        Command::Remove { name, lost: true } => {
+            let path = format!("/v1/stores/{name}?lost=true");
+            let done: Done = session.client.delete(&path).await?;
+            session.done(
+                &done,
+                &format!("store \"{name}\" given up as lost; its replicas are being replaced: volctl store show {name}"),
+            )
+        }
+        Command::Remove { name, lost: false } => {
             let done: Done = session.client.delete(&format!("/v1/stores/{name}")).await?;
             session.done(
                 &done,
                 &format!("store \"{name}\" removed; its file or device is yours again"),
             )
         }
+    }
+}
+
+/// Asks until a draining store is empty. What is still to be done goes to standard error, a line for each change.
+async fn drained(session: &Session, mut store: Store) -> Result<Store, Failure> {
+    /// Between two questions.
+    const PAUSE: Duration = Duration::from_millis(500);
+    let mut told = None;
+    while store.state == StoreState::Draining {
+        if store.reason != told {
+            eprintln!(
+                "store \"{}\": {}",
+                store.name,
+                store.reason.as_deref().unwrap_or("draining")
+            );
+            told.clone_from(&store.reason);
+        }
+        tokio::time::sleep(PAUSE).await;
+        store = session.client.get(&format!("/v1/stores/{}", store.name)).await?;
+    }
+    match store.state {
+        StoreState::Drained => Ok(store),
+        _ => Err(Failure::new(
+            Kind::Unavailable,
+            format!(
+                "store \"{}\" is no longer being drained ({}): {}",
+                store.name,
+                word(&store.state),
+                store.reason.as_deref().unwrap_or("called off")
+            ),
+        )),
     }
 }
 
@@ -147,6 +210,7 @@ impl Human for Store {
             ("Zone", Some(self.zone.to_string())),
             ("State", Some(word(&self.state))),
             ("Reason", self.reason.clone()),
+            ("Replicas", Some(self.replicas.to_string())),
             (
                 "Medium",
                 Some(format!("{} ({})", self.medium, self.medium_reason)),
@@ -163,7 +227,6 @@ impl Human for Store {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use libvol::control::StoreState;
 
     fn store(name: &str, state: StoreState, reason: Option<&str>) -> Store {
         Store {
@@ -173,6 +236,7 @@ mod tests {
             zone: "rack1".parse().unwrap(),
             state,
             reason: reason.map(Into::into),
+            replicas: 2,
             medium: "in_place".into(),
             medium_reason: "ext4 on a disk".into(),
             extent_bytes: 4 << 20,

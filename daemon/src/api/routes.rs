@@ -31,6 +31,7 @@ pub(super) fn router(operations: Arc<Operations>) -> Router {
         .route("/v1/stores", get(store_list).post(store_add))
         .route("/v1/stores/{name}", get(store_show).delete(store_remove))
         .route("/v1/stores/{name}/reopen", post(store_reopen))
+        .route("/v1/stores/{name}/drain", post(store_drain))
         .route("/v1/customers", get(customer_list).post(customer_create))
         .route("/v1/customers/{customer}", get(customer_show))
         .route("/v1/vms", get(vm_list).post(vm_create))
@@ -120,9 +121,35 @@ async fn store_show(State(operations): Ops, name: One) -> Reply<control::Store> 
     run(async move { operations.store_show(&name) }).await
 }
 
-async fn store_remove(State(operations): Ops, name: One) -> Reply<Done> {
+async fn store_drain(State(operations): Ops, name: One, body: Body) -> Reply<control::Store> {
     let name: Name = part(&name?)?;
-    run(async move { operations.store_remove(&name).await.map(|()| Done {}) }).await
+    let request: control::StoreDrain = parse(body)?;
+    run(async move { operations.store_drain(&name, request.cancel).await }).await
+}
+
+/// `?lost=true`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RemoveQuery {
+    #[serde(default)]
+    lost: bool,
+}
+
+async fn store_remove(
+    State(operations): Ops,
+    name: One,
+    query: Result<Query<RemoveQuery>, QueryRejection>,
+) -> Reply<Done> {
+    let name: Name = part(&name?)?;
+    let Query(RemoveQuery { lost }) = query?;
+    run(async move {
+        match lost {
+            true => operations.store_remove_lost(&name).await,
+            false => operations.store_remove(&name).await,
+        }
+        .map(|()| Done {})
+    })
+    .await
 }
 
 async fn customer_create(State(operations): Ops, body: Body) -> Reply<control::Customer> {

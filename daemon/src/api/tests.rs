@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 
 use super::Server;
 use crate::data_dir::DataDir;
-use crate::operations::{Operations, ScrubSettings};
+use crate::operations::{Operations, Settings};
 
 /// A daemon without its process.
 struct Daemon {
@@ -37,16 +37,10 @@ impl Daemon {
         let socket = dirs.api_socket();
         let catalog = Catalog::open(&dirs.catalog()).unwrap();
         let keys = Arc::new(LocalKeystore::open_or_create(&dirs.keys()).unwrap());
-        let operations = Operations::start(
-            dirs,
-            catalog,
-            keys,
-            2,
-            EngineChoice::Threads,
-            ScrubSettings::default(),
-        )
-        .await
-        .unwrap();
+        let operations =
+            Operations::start(dirs, catalog, keys, 2, EngineChoice::Threads, Settings::default())
+                .await
+                .unwrap();
         let server = Server::bind(&socket, operations.clone()).unwrap();
         let (stop, stopped) = oneshot::channel();
         let serving = tokio::spawn(async move {

@@ -115,11 +115,7 @@ fn check_volume(
         }
         Phase::Ready => {}
     }
-    for replica in volume
-        .replicas
-        .iter()
-        .filter(|replica| replica.state != Member::Vacant)
-    {
+    for (_, replica) in volume.held() {
         let Some(report) = reports.get(&replica.store) else {
             if known.stores.iter().all(|store| store.id != replica.store) {
                 findings.push(Finding::damage(format!(
@@ -150,6 +146,15 @@ fn check_volume(
                 .into_iter()
                 .map(|what| Finding::damage(format!("volume {path}, store {store:?}: {what}"))),
         );
+        if here
+            .slot
+            .as_ref()
+            .is_some_and(|slot| slot.stores != volume.stores())
+        {
+            findings.push(Finding::note(format!(
+                "volume {path}: its slot on store {store:?} names other stores than the catalog: a replica that moved was interrupted; the volume's next opening writes it anew"
+            )));
+        }
         if here.size_bytes != volume.size_bytes {
             findings.push(Finding::note(format!(
                 "volume {path}: {} bytes in the catalog, {} on store {store:?}: a resize was interrupted; the next start finishes it",
@@ -157,6 +162,15 @@ fn check_volume(
             )));
         }
     }
+}
+
+/// Whether a volume's replica has moved off a store, and what is left of it there is still to go.
+fn is_left(known: &Known, volume: VolumeId, store: StoreId) -> bool {
+    let leaving = known
+        .stores
+        .iter()
+        .any(|record| record.id == store && record.leaving.is_some());
+    leaving && known.volumes.iter().any(|record| record.id == volume)
 }
 
 /// What a store says of a volume and the catalog does not.
@@ -173,15 +187,6 @@ fn contradictions(volume: &VolumeRecord, state: Member, here: &VolumeReport) -> 
         if slot.customer != volume.customer {
             what.push("its slot names another customer");
         }
-        // Who is named at a vacant place is nobody's business.
-        let named = |place: usize| slot.stores.get(place).copied().unwrap_or(StoreId::NIL);
-        let replicas = volume.replicas.iter().enumerate();
-        let mut there = replicas.filter(|(_, replica)| replica.state != Member::Vacant);
-        if slot.stores.len() > volume.replicas.len()
-            || there.any(|(place, replica)| named(place) != replica.store)
-        {
-            what.push("its slot names other stores");
-        }
         if slot.keys.is_empty() {
             what.push("its slot holds no key");
         }
@@ -194,9 +199,7 @@ fn check_unknown(known: &Known, reports: &BTreeMap<StoreId, &CheckReport>, findi
     let placed: BTreeSet<(VolumeId, StoreId)> = known
         .volumes
         .iter()
-        .flat_map(|volume| volume.replicas.iter().map(move |replica| (volume.id, replica)))
-        .filter(|(_, replica)| replica.state != Member::Vacant)
-        .map(|(volume, replica)| (volume, replica.store))
+        .flat_map(|volume| volume.held().map(|(_, replica)| (volume.id, replica.store)))
         .collect();
     let being_destroyed: BTreeSet<(VolumeId, StoreId)> = known
         .destroys
@@ -216,6 +219,10 @@ fn check_unknown(known: &Known, reports: &BTreeMap<StoreId, &CheckReport>, findi
             findings.push(if being_destroyed.contains(&(*id, *store)) {
                 Finding::note(format!(
                     "store {name:?}: the destruction of volume {id} is not finished; the next start goes on with it"
+                ))
+            } else if is_left(known, *id, *store) {
+                Finding::note(format!(
+                    "store {name:?}: the replica of volume {id} has moved; what is left of it here is destroyed when vold runs"
                 ))
             } else if destroyed.contains(id) {
                 Finding::damage(format!(
@@ -281,6 +288,7 @@ mod tests {
                 allow_buffered: false,
                 fault: None,
                 lineage: Default::default(),
+                leaving: None,
                 created_unix_seconds: 1,
             })
             .into();
@@ -290,6 +298,7 @@ mod tests {
             customer: customer.id,
             dataset: DatasetId::random(),
             size_bytes: 8192,
+            replicas_wanted: stores.len(),
             replicas: stores
                 .iter()
                 .map(|store| ReplicaRecord::in_sync(store.id))
@@ -400,9 +409,6 @@ mod tests {
             ("another customer", |_, reports| {
                 here(reports).slot.as_mut().unwrap().customer = CustomerId::random();
             }),
-            ("other stores", |_, reports| {
-                here(reports).slot.as_mut().unwrap().stores.reverse()
-            }),
             ("no key", |_, reports| {
                 here(reports).slot.as_mut().unwrap().keys.clear()
             }),
@@ -458,6 +464,10 @@ mod tests {
         for replica in [0, 1] {
             let (mut known, mut reports) = consistent();
             known.volumes[0].replicas[replica].state = Member::Vacant;
+            for report in &mut reports {
+                let slot = report.volumes.values_mut().next().unwrap().slot.as_mut();
+                slot.unwrap().stores[replica] = StoreId::NIL;
+            }
             let found = findings(&known, &reports);
             assert_eq!(found.len(), 1, "{found:?}");
             assert!(found[0].text.contains("is not in the catalog"), "{found:?}");
@@ -483,6 +493,9 @@ mod tests {
             ("a resize was interrupted", |_, reports| {
                 here(reports).size_bytes = 16384
             }),
+            ("names other stores", |_, reports| {
+                here(reports).slot.as_mut().unwrap().stores.reverse()
+            }),
             ("is out of sync", |known, _| {
                 known.volumes[0].replicas[1].state = Member::Stale;
                 known.volumes[0].membership_epoch = Epoch(2);
@@ -491,6 +504,7 @@ mod tests {
                 known.attachments.clear();
                 let volume = known.volumes.remove(0);
                 let part = |store: &StoreRecord, done| DestroyedStore {
+                    lost: false,
                     store: store.id,
                     extents: 0,
                     done,

@@ -310,6 +310,7 @@ mod tests {
             allow_buffered: false,
             fault: None,
             lineage: Lineage::of(&found),
+            leaving: None,
             created_unix_seconds: 1,
         };
         let (failed, well) = (store("a"), store("b"));

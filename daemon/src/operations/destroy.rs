@@ -15,7 +15,7 @@ use libvol::catalog::{
 use libvol::control::{self, DestroyState, DestroyStep};
 use libvol::destroy::{self, Ledger, Outcome, Part, Reached};
 use libvol::ids::{Name, StoreId, VolumeId, VolumePath};
-use libvol::store::{Member, scrubbed_bytes};
+use libvol::store::scrubbed_bytes;
 use libvol::{Error, Result, tenant};
 use tokio::runtime::Handle;
 
@@ -41,6 +41,7 @@ impl Operations {
         }
         let (_lock, volume) = self.lock_volume(path).await?;
         let id = volume.id;
+        let stores = self.stores_to_destroy_on(&volume).await?;
         let started = self.change(|tx| {
             let mut volume = locked_volume(tx, path, id)?;
             if volume.phase == Phase::Destroying {
@@ -68,14 +69,13 @@ impl Operations {
                 volume: volume.id,
                 path: volume.path.clone(),
                 customer: volume.customer,
-                stores: volume
-                    .replicas
+                stores: stores
                     .iter()
-                    .filter(|replica| replica.state != Member::Vacant)
-                    .map(|replica| DestroyedStore {
-                        store: replica.store,
+                    .map(|store| DestroyedStore {
+                        store: *store,
                         extents: 0,
                         done: false,
+                        lost: false,
                     })
                     .collect(),
                 started_unix_seconds: unix_seconds(),
@@ -121,7 +121,7 @@ impl Operations {
             .iter()
             .map(|part| Part {
                 store: part.store,
-                done: part.done,
+                done: part.done || part.lost,
                 handle: match self.seat(part.store) {
                     Seat::Open(handle) => Some(handle),
                     Seat::Closed(_) => None,
@@ -189,7 +189,9 @@ impl Operations {
     async fn part_shown(&self, volume: VolumeId, part: &DestroyedStore) -> Result<control::DestroyStore> {
         let store = self.look(|view| view.get::<StoreRecord>(part.store))?;
         let extent_bytes = store.as_ref().map_or(0, |s| s.extent_bytes);
-        let (state, extents, extents_done) = if part.done {
+        let (state, extents, extents_done) = if part.lost {
+            (DestroyStep::Lost, part.extents, 0)
+        } else if part.done {
             (DestroyStep::Done, part.extents, part.extents)
         } else {
             match self.reached(part.store, volume).await {
@@ -298,7 +300,8 @@ impl Ledger for CatalogLedger {
                 let mut record = tx
                     .get::<DestroyRecord>(volume)?
                     .ok_or_else(|| Error::internal(format!("no destruction of {volume} in the catalog")))?;
-                assert!(record.stores.iter().all(|part| part.done), "every store is done");
+                let over = |part: &DestroyedStore| part.done || part.lost;
+                assert!(record.stores.iter().all(over), "every store is done");
                 record.finished_unix_seconds = Some(unix_seconds());
                 tx.update(&record)?;
                 // A crash between store_done and here may find the rest done already.

@@ -338,6 +338,7 @@ mod tests {
             dataset: DatasetId::random(),
             size_bytes: 4096,
             replicas: states.iter().enumerate().map(replica).collect(),
+            replicas_wanted: states.len(),
             membership_epoch: Epoch(4),
             attachment_epoch: Epoch(0),
             phase: Phase::Ready,

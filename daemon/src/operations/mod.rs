@@ -12,6 +12,7 @@ mod destroy;
 mod lineage;
 mod locks;
 mod place;
+mod relocate;
 mod replicas;
 mod scrub;
 mod signature;
@@ -28,6 +29,7 @@ use std::time::Instant;
 use libvol::catalog::{Catalog, CustomerRecord, StoreRecord, Tx, View, VmRecord, VolumeRecord};
 use libvol::ids::{Name, StoreId, VolumeId, VolumePath};
 use libvol::keys::KeyService;
+use libvol::limits::RESYNC_BYTES_PER_SECOND_DEFAULT;
 use libvol::store::StoreHandle;
 use libvol::{Error, Result};
 use tokio::sync::OwnedMutexGuard;
@@ -37,6 +39,24 @@ use crate::data_dir::DataDir;
 use crate::shard::{Report, Shards};
 use locks::Locks;
 pub(crate) use scrub::ScrubSettings;
+
+/// How fast the background works.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Settings {
+    /// When and how fast volumes are verified.
+    pub(crate) scrub: ScrubSettings,
+    /// How fast a replica catches up, at most.
+    pub(crate) resync_bytes_per_second: u64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            scrub: ScrubSettings::default(),
+            resync_bytes_per_second: RESYNC_BYTES_PER_SECOND_DEFAULT,
+        }
+    }
+}
 
 /// A store of the catalog, as it stands in this process.
 #[derive(Clone)]
@@ -59,12 +79,15 @@ pub(crate) struct Operations {
     volume_locks: Locks<VolumeId>,
     /// When replicas out of sync are tried again.
     retries: replicas::Retries,
+    /// Why volumes' replicas cannot move, as of the last look.
+    blocked: Mutex<HashMap<VolumeId, String>>,
     /// Held over adding and removing stores.
     stores_lock: tokio::sync::Mutex<()>,
     /// A store has latched as faulty: wakes whoever writes that down.
     faults: Arc<tokio::sync::Notify>,
     /// Walks all volumes in the background.
     scrubber: scrub::Scrubber,
+    resync_bytes_per_second: u64,
     /// Destructions and recoveries under way.
     background: Mutex<JoinSet<()>>,
     started: Instant,
@@ -146,9 +169,8 @@ impl Operations {
     /// `Unavailable` with the first that is away.
     fn replica_stores(&self, volume: &VolumeRecord) -> Result<Vec<StoreHandle>> {
         volume
-            .replicas
-            .iter()
-            .map(|replica| {
+            .held()
+            .map(|(_, replica)| {
                 let record = self
                     .look(|view| view.get::<StoreRecord>(replica.store))?
                     .ok_or_else(|| {
@@ -265,6 +287,7 @@ mod tests {
             dataset: DatasetId::random(),
             size_bytes: 4096,
             replicas: Vec::new(),
+            replicas_wanted: 0,
             membership_epoch: Epoch(1),
             attachment_epoch: Epoch(0),
             phase: Phase::Ready,
@@ -278,16 +301,10 @@ mod tests {
         let dirs = DataDir::take(dir.path()).unwrap();
         let catalog = Catalog::open(&dirs.catalog()).unwrap();
         let keys = Arc::new(LocalKeystore::open_or_create(&dirs.keys()).unwrap());
-        let operations = Operations::start(
-            dirs,
-            catalog,
-            keys,
-            1,
-            EngineChoice::Threads,
-            ScrubSettings::default(),
-        )
-        .await
-        .unwrap();
+        let operations =
+            Operations::start(dirs, catalog, keys, 1, EngineChoice::Threads, Settings::default())
+                .await
+                .unwrap();
         let name: Name = "acme".parse().unwrap();
         operations
             .customer_create(control::CustomerCreate { name: name.clone() })

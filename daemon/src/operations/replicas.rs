@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use libvol::catalog::{Catalog, Phase, ReplicaRecord, StoreRecord, VolumeRecord};
+use libvol::catalog::{Catalog, Leaving, Phase, ReplicaRecord, StoreRecord, VolumeRecord};
 use libvol::control;
 use libvol::ids::{Epoch, Name, VolumeId};
 use libvol::limits::STORE_LOCK_WAIT;
@@ -91,6 +91,9 @@ impl Operations {
                 if let Err(e) = operations.bring_replicas_back().await {
                     tracing::error!("replicas that are out of sync cannot be looked at: {e}");
                 }
+                if let Err(e) = operations.relocate_replicas().await {
+                    tracing::error!("stores that are being emptied cannot be looked at: {e}");
+                }
             }
         });
     }
@@ -101,7 +104,8 @@ impl Operations {
             return;
         };
         for record in records.into_iter().filter(|record| record.fault.is_none()) {
-            if !matches!(self.seat(record.id), Seat::Closed(_)) || !record.path.exists() {
+            let lost = record.leaving == Some(Leaving::Lost);
+            if lost || !matches!(self.seat(record.id), Seat::Closed(_)) || !record.path.exists() {
                 continue;
             }
             let _lock = self.stores_lock.lock().await;
@@ -150,7 +154,8 @@ impl Operations {
                         .for_each(|(place, _)| self.retries.tried((record.id, place)));
                     continue;
                 }
-                self.recover_in_background(record.clone());
+                tracing::info!(volume = %record.path, "opened to bring a replica back");
+                self.close_when_idle(record.clone());
             }
             for place in 0..record.replicas.len() {
                 if let Err(e) = self.bring_back(&record, place).await {
@@ -186,7 +191,7 @@ impl Operations {
             }
             store::VolumeState::Tombstoned { .. } => {
                 return Err(Error::refused(format!(
-                    "store {:?} has destroyed it; use another store",
+                    "store {:?} has destroyed it or given it up; use another store",
                     handle.info().name.as_str()
                 )));
             }
@@ -199,7 +204,10 @@ impl Operations {
 
     /// A volume's slot on a store that does not know it: the keys as the other replicas have them.
     async fn put_replica_on(&self, record: &VolumeRecord, handle: &StoreHandle) -> Result<()> {
-        let slot = self.slot(record).await?;
+        let slot = store::VolumeSlot {
+            stores: record.stores(),
+            ..self.slot(record).await?
+        };
         let facts = store::VolumeRecord {
             volume: record.id,
             size_bytes: record.size_bytes,
@@ -252,7 +260,7 @@ impl Operations {
     }
 
     /// Every open volume lets go of the store.
-    async fn let_go_of(&self, store: &StoreRecord) -> Result<()> {
+    pub(super) async fn let_go_of(&self, store: &StoreRecord) -> Result<()> {
         for record in self.look(|view| view.all::<VolumeRecord>())? {
             let Some(place) = record.replica_on(store.id) else {
                 continue;
@@ -309,15 +317,11 @@ impl Operations {
 
     /// The stores in use that hold a replica of the volume, with its record.
     pub(super) fn stores_at_hand(&self, volume: &VolumeRecord) -> Vec<(ReplicaRecord, StoreHandle)> {
-        let replicas = volume
-            .replicas
-            .iter()
-            .filter(|replica| replica.state != Member::Vacant);
-        let at_hand = |replica: &ReplicaRecord| match self.seat(replica.store) {
+        let at_hand = |(_, replica): (usize, &ReplicaRecord)| match self.seat(replica.store) {
             Seat::Open(handle) if handle.fault().is_none() => Some((replica.clone(), handle)),
             _ => None,
         };
-        replicas.filter_map(at_hand).collect()
+        volume.held().filter_map(at_hand).collect()
     }
 }
 
@@ -338,6 +342,7 @@ mod tests {
                 ReplicaRecord::in_sync(StoreId::random()),
                 ReplicaRecord::in_sync(StoreId::random()),
             ],
+            replicas_wanted: 2,
             membership_epoch: Epoch(1),
             attachment_epoch: Epoch(0),
             phase: Phase::Ready,

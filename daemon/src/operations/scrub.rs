@@ -507,7 +507,7 @@ impl Operations {
             let Some(volume) = view.get::<VolumeRecord>(id)? else {
                 return Ok(Vec::new());
             };
-            let stores = volume.replicas.iter().map(|r| view.get::<StoreRecord>(r.store));
+            let stores = volume.held().map(|(_, r)| view.get::<StoreRecord>(r.store));
             stores.collect::<Result<Vec<_>>>()
         })?;
         let extents = stores.into_iter().flatten().map(|store| store.extent_bytes);

@@ -13,11 +13,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
-use libvol::catalog::{AttachmentRecord, Catalog, DestroyRecord, Phase, StoreRecord, VolumeRecord};
+use libvol::catalog::{AttachmentRecord, Catalog, DestroyRecord, Leaving, Phase, StoreRecord, VolumeRecord};
 use libvol::disk::EngineChoice;
 use libvol::keys::KeyService;
 use libvol::limits::STORE_LOCK_WAIT;
-use libvol::store::Member;
 use libvol::{Error, Result};
 use tokio::task::JoinSet;
 
@@ -25,7 +24,7 @@ use super::attach::remove_socket;
 use super::locks::Locks;
 use super::scrub::Scrubber;
 use super::volume::holder;
-use super::{Operations, ScrubSettings, Seat};
+use super::{Operations, Seat, Settings};
 use crate::data_dir::DataDir;
 use crate::shard::Shards;
 
@@ -45,7 +44,7 @@ impl Operations {
         keys: Arc<dyn KeyService>,
         shard_count: usize,
         engine: EngineChoice,
-        scrub: ScrubSettings,
+        settings: Settings,
     ) -> Result<Arc<Self>> {
         let operations = Arc::new(Self {
             dirs,
@@ -56,9 +55,11 @@ impl Operations {
             failures: Mutex::new(HashMap::new()),
             volume_locks: Locks::default(),
             retries: super::replicas::Retries::default(),
+            blocked: Mutex::default(),
             stores_lock: tokio::sync::Mutex::default(),
             faults: Arc::default(),
-            scrubber: Scrubber::new(scrub),
+            scrubber: Scrubber::new(settings.scrub),
+            resync_bytes_per_second: settings.resync_bytes_per_second,
             background: Mutex::new(JoinSet::new()),
             started: Instant::now(),
         });
@@ -75,6 +76,10 @@ impl Operations {
     async fn open_stores(self: &Arc<Self>) -> Result<()> {
         let mut opening = JoinSet::new();
         for record in self.look(|view| view.all::<StoreRecord>())? {
+            if record.leaving == Some(Leaving::Lost) {
+                self.set_seat(record.id, Seat::Closed("given up as lost".into()));
+                continue;
+            }
             let operations = self.clone();
             opening.spawn(async move {
                 let opened = operations.open_recorded(&record, STORE_LOCK_WAIT).await;
@@ -136,11 +141,8 @@ impl Operations {
     async fn take_up(self: &Arc<Self>, record: &VolumeRecord) -> Result<()> {
         self.check_not_old(record)?;
         let held = self.look(|view| holder(view, record.id))?;
-        let mut there = record
-            .replicas
-            .iter()
-            .filter(|replica| replica.state != Member::Vacant);
-        if there.any(|replica| !self.is_open(replica.store)) && held.is_none() {
+        let away = record.held().any(|(_, replica)| !self.is_open(replica.store));
+        if away && held.is_none() {
             // `volume show` says which store is away; there is nothing to bring up.
             return Ok(());
         }
@@ -153,7 +155,8 @@ impl Operations {
             }
             None if self.is_dirty(&record).await? => {
                 self.open_volume(&record).await?;
-                self.recover_in_background(record);
+                tracing::info!(volume = %record.path, "was not closed cleanly; recovering");
+                self.close_when_idle(record);
             }
             None => {}
         }
@@ -185,9 +188,9 @@ impl Operations {
         Ok(false)
     }
 
-    /// Waits for an open volume's recovery, then closes it unless somebody has use for it by then.
-    pub(super) fn recover_in_background(self: &Arc<Self>, record: VolumeRecord) {
-        tracing::info!(volume = %record.path, "was not closed cleanly; recovering");
+    /// Waits for an open volume's recovery, and for replicas that catch up, then closes it unless somebody has use for it by
+    /// then.
+    pub(super) fn close_when_idle(self: &Arc<Self>, record: VolumeRecord) {
         let operations = self.clone();
         self.in_background(async move {
             let id = record.id;
@@ -205,7 +208,7 @@ impl Operations {
             // Under the lock: an attach or a deletion may have come first.
             if matches!(operations.report(id).await, Ok(Some(report)) if !report.served) {
                 operations.close_volume(&record).await;
-                tracing::info!(volume = %record.path, "recovered");
+                tracing::info!(volume = %record.path, "closed again: nothing is left to be done");
             }
         });
     }

@@ -43,6 +43,33 @@ impl Operations {
             .collect()
     }
 
+    /// A line for each replica of a volume that is out of sync.
+    async fn replica_warnings(&self, volume: &VolumeRecord) -> Result<Vec<String>> {
+        let shown = self.volume_show(&volume.path).await?;
+        let out = shown
+            .replicas
+            .into_iter()
+            .filter(|replica| replica.state != "in_sync");
+        let line = |replica: control::Replica| {
+            let left = replica.resync_left_bytes.map(|bytes| {
+                let seconds = replica.resync_seconds_left;
+                let time = seconds.map_or_else(String::new, |seconds| format!(", about {seconds} s"));
+                format!(" ({} MiB left{time})", bytes >> 20)
+            });
+            format!(
+                "volume {}: its replica on store {:?} is {}{}{}",
+                volume.path,
+                replica.store.as_str(),
+                replica.state.replace('_', " "),
+                left.unwrap_or_default(),
+                replica
+                    .reason
+                    .map_or_else(String::new, |reason| format!(": {reason}"))
+            )
+        };
+        Ok(out.map(line).collect())
+    }
+
     /// How many stores there are.
     pub(crate) fn store_count(&self) -> usize {
         self.seats().len()
@@ -68,6 +95,20 @@ impl Operations {
             let reason = store.reason.as_deref().unwrap_or("no reason known");
             match store.state {
                 StoreState::Online => {}
+                StoreState::Draining => warnings.push(format!(
+                    "store {:?} is being drained: {reason}",
+                    store.name.as_str()
+                )),
+                StoreState::Drained => warnings.push(format!(
+                    "store {:?} is drained; remove it (volctl store remove {}), or use it again (volctl store drain {} --cancel)",
+                    store.name.as_str(),
+                    store.name,
+                    store.name
+                )),
+                StoreState::Lost => warnings.push(format!(
+                    "store {:?} is lost: {reason}",
+                    store.name.as_str()
+                )),
                 StoreState::Offline => {
                     warnings.push(format!("store {:?} is offline: {reason}", store.name.as_str()))
                 }
@@ -99,6 +140,7 @@ impl Operations {
             if volume.phase == Phase::Destroying {
                 continue;
             }
+            warnings.extend(self.replica_warnings(volume).await?);
             if let Some(report) = self.report(volume.id).await? {
                 if let Some(failure) = report.failure {
                     warnings.push(format!("volume {} has stopped: {failure}", volume.path));

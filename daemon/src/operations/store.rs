@@ -13,7 +13,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use libvol::catalog::{DestroyRecord, StoreFault, StoreRecord, VolumeRecord};
+use libvol::catalog::{DestroyRecord, Leaving, StoreFault, StoreRecord, VolumeRecord};
 use libvol::control;
 use libvol::disk::{Disk, DiskFile, MediumClass, OpenMode};
 use libvol::ids::{Incarnation, Name, StoreId};
@@ -127,6 +127,7 @@ impl Operations {
             allow_buffered: request.allow_buffered,
             fault: None,
             lineage,
+            leaving: None,
             created_unix_seconds: unix_seconds(),
         };
         if let Err(e) = self.change(|tx| tx.insert(&record)) {
@@ -194,12 +195,13 @@ impl Operations {
             let used_by = tx
                 .all::<VolumeRecord>()?
                 .into_iter()
-                .find(|volume| volume.replica_on(store.id).is_some());
+                .find(|volume| volume.is_on(store.id));
             if let Some(volume) = used_by {
                 return Err(Error::busy(format!(
-                    "store {:?} holds a replica of volume {}; delete the volume first",
+                    "store {:?} holds a replica of volume {}; move its replicas off first: volctl store drain {}",
                     name.as_str(),
-                    volume.path
+                    volume.path,
+                    name
                 )));
             }
             let destroying = tx.all::<DestroyRecord>()?.into_iter().find(|job| {
@@ -245,13 +247,20 @@ impl Operations {
         Ok(self.store_shown(self.look(|view| store_named(view, name))?))
     }
 
-    fn store_shown(&self, record: StoreRecord) -> control::Store {
+    pub(super) fn store_shown(&self, record: StoreRecord) -> control::Store {
+        let on_it = self.look(|view| {
+            let mut volumes = view.all::<VolumeRecord>()?;
+            volumes.retain(|volume| volume.is_on(record.id));
+            Ok(volumes)
+        });
+        let on_it = on_it.unwrap_or_default();
         let mut shown = control::Store {
             id: record.id.to_string(),
             path: record.path.display().to_string(),
             zone: record.zone,
             state: control::StoreState::Offline,
             reason: None,
+            replicas: on_it.len(),
             medium: "unknown".into(),
             medium_reason: "the store is not open".into(),
             extent_bytes: record.extent_bytes,
@@ -289,6 +298,20 @@ impl Operations {
                 }
                 shown.reason = Some(reason);
             }
+        }
+        match (record.leaving, shown.state) {
+            (Some(Leaving::Draining), control::StoreState::Online) => {
+                let empty = on_it.is_empty() && shown.allocated_bytes + shown.pending_scrub_bytes == 0;
+                (shown.state, shown.reason) = match empty {
+                    true => (control::StoreState::Drained, None),
+                    false => (control::StoreState::Draining, Some(self.leaving_shown(&on_it))),
+                };
+            }
+            (Some(Leaving::Lost), _) => {
+                shown.state = control::StoreState::Lost;
+                shown.reason = Some(self.leaving_shown(&on_it));
+            }
+            _ => {}
         }
         shown
     }

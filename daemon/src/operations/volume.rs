@@ -12,7 +12,8 @@
 use std::sync::Arc;
 
 use libvol::catalog::{
-    AttachmentRecord, CustomerRecord, Phase, ReplicaRecord, StoreRecord, View, VmRecord, VolumeRecord,
+    AttachmentRecord, CustomerRecord, Leaving, Phase, ReplicaRecord, StoreRecord, View, VmRecord,
+    VolumeRecord,
 };
 use libvol::control;
 use libvol::destroy::{Reached, reached};
@@ -82,6 +83,7 @@ impl Operations {
                 customer: customer.id,
                 dataset: DatasetId::random(),
                 size_bytes: request.size_bytes,
+                replicas_wanted: stores.len(),
                 replicas: stores
                     .into_iter()
                     .map(ReplicaRecord::in_sync)
@@ -108,12 +110,13 @@ impl Operations {
         self.volume_show(&record.path).await
     }
 
-    fn candidates(&self) -> Result<Vec<Candidate>> {
+    pub(super) fn candidates(&self) -> Result<Vec<Candidate>> {
         let records = self.look(|view| view.all::<StoreRecord>())?;
         Ok(records
             .iter()
             .filter_map(|record| {
                 let handle = self.open_store(record).ok()?;
+                record.leaving.is_none().then_some(())?;
                 Some(Candidate {
                     id: record.id,
                     zone: record.zone.clone(),
@@ -137,7 +140,7 @@ impl Operations {
             customer_name: record.path.customer.clone(),
             volume_name: record.path.name.clone(),
             dataset: record.dataset,
-            stores: record.replicas.iter().map(|r| r.store).collect(),
+            stores: record.stores(),
             keys: vec![(FIRST_KEY, wrapped)],
         };
         for handle in self.replica_stores(record)? {
@@ -163,7 +166,7 @@ impl Operations {
     /// Undoes an unfinished creation: slots on stores are overwritten, then the record goes. The volume never held data.
     pub(super) async fn roll_back_creation(&self, record: &VolumeRecord) -> Result<()> {
         let id = record.id;
-        for handle in self.replica_stores(record)? {
+        for handle in self.stores_to_roll_back(record)? {
             self.shards
                 .of_store(handle.info().id)
                 .call(move |_| async move {
@@ -175,6 +178,26 @@ impl Operations {
                 .await?;
         }
         self.change(|tx| tx.remove::<VolumeRecord>(id))
+    }
+
+    /// The stores of a creation to be undone; those given up as lost are nobody's any more.
+    fn stores_to_roll_back(&self, record: &VolumeRecord) -> Result<Vec<StoreHandle>> {
+        let known = self.look(|view| {
+            let lost = |store: &StoreRecord| store.leaving == Some(Leaving::Lost);
+            let mut known = record.clone();
+            let mut kept = Vec::new();
+            for replica in known.replicas {
+                if view
+                    .get::<StoreRecord>(replica.store)?
+                    .is_some_and(|store| !lost(&store))
+                {
+                    kept.push(replica);
+                }
+            }
+            known.replicas = kept;
+            Ok(known)
+        })?;
+        self.replica_stores(&known)
     }
 
     /// All volumes.
@@ -288,6 +311,9 @@ impl Operations {
             self.open_store(&record)?;
         }
         let slot = self.slot_on(record, &at_hand).await?;
+        if let Err(e) = self.settle_slots(record).await {
+            tracing::warn!(volume = %record.path, "a slot keeps an older list of stores: {e}");
+        }
         let (key_version, wrapped) = slot
             .keys
             .iter()
@@ -321,6 +347,7 @@ impl Operations {
             key_version: *key_version,
             replicas: replicas.collect(),
             membership_epoch: record.membership_epoch,
+            resync_bytes_per_second: self.resync_bytes_per_second,
             register: Arc::new(CatalogRegister {
                 catalog: self.catalog.clone(),
                 runtime: tokio::runtime::Handle::current(),
@@ -411,14 +438,16 @@ impl Operations {
     async fn volume_shown(&self, record: VolumeRecord) -> Result<control::Volume> {
         let report = self.report(record.id).await?;
         let (attachment, stores) = self.look(|view| {
-            let stores = record.replicas.iter().map(|r| view.get::<StoreRecord>(r.store));
+            let stores = record
+                .held()
+                .map(|(place, r)| Ok((place, view.get::<StoreRecord>(r.store)?)));
             Ok((holder(view, record.id)?, stores.collect::<Result<Vec<_>>>()?))
         })?;
         let mut replicas = Vec::with_capacity(record.replicas.len());
         let mut away = None;
         let mut first_open = None;
         let mut serves = false;
-        for (place, store) in stores.into_iter().enumerate() {
+        for (place, store) in stores {
             let Some(store) = store else { continue };
             let in_sync = record.replicas[place].state == Member::InSync;
             match self.open_store(&store) {

@@ -164,6 +164,7 @@ impl Planner<'_> {
             allow_buffered: *buffered,
             fault: None,
             lineage: Lineage::of(&inspection.found),
+            leaving: None,
             created_unix_seconds: inspection.created_unix_seconds,
         });
         let name = info.name.as_str();
@@ -191,6 +192,7 @@ impl Planner<'_> {
             size_bytes,
             epoch,
             replicas,
+            wanted,
             missing,
             losses,
             update,
@@ -218,6 +220,7 @@ impl Planner<'_> {
             dataset: slot.dataset,
             size_bytes,
             replicas,
+            replicas_wanted: wanted,
             membership_epoch: epoch,
             // Higher than any there was: epochs rise by one with an attach or detach, and have risen for less than a
             // second each since 1970. No session of before can pass.
@@ -347,6 +350,7 @@ impl Planner<'_> {
             parts.push(DestroyedStore {
                 store: *store,
                 extents,
+                lost: false,
                 done: live.is_none() && remains.is_some_and(|r| r.finished),
             });
         }
@@ -356,6 +360,7 @@ impl Planner<'_> {
         for store in slot.iter().flat_map(|slot| &slot.stores) {
             if let Some(slot) = slot
                 && !self.stores.contains_key(store)
+                && *store != StoreId::NIL
             {
                 let label = format!("{} (destroyed)", label(slot));
                 self.missing.entry(*store).or_default().insert(label);

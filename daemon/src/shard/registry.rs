@@ -11,7 +11,9 @@ use libvol::crypto::seal::Sealer;
 use libvol::ids::{DatasetId, Epoch, KeyVersion, StoreId, VolumeId};
 use libvol::secret::Secret;
 use libvol::store::{Member, StoreHandle, StoreIo};
-use libvol::volume::{Register, ReplicaSpec, ReplicaStatus, Verified, Volume, VolumeSpec, VolumeStats};
+use libvol::volume::{
+    Register, ReplicaSpec, ReplicaStatus, Tuning, Verified, Volume, VolumeSpec, VolumeStats,
+};
 use libvol::{Error, Result};
 
 use super::door::{Door, DoorSpec, Manner};
@@ -34,6 +36,8 @@ pub(crate) struct OpenSpec {
     pub(crate) replicas: Vec<OpenReplica>,
     /// Membership epoch.
     pub(crate) membership_epoch: Epoch,
+    /// How fast a replica of it catches up, at most.
+    pub(crate) resync_bytes_per_second: u64,
     /// Where the membership is written down.
     pub(crate) register: Arc<dyn Register + Send + Sync>,
 }
@@ -118,7 +122,11 @@ impl Registry {
         let sealer = Sealer::new(spec.dataset, &spec.key)?;
         // From here on the key lives in the cipher's schedule only.
         drop(spec.key);
-        let volume = Volume::open(VolumeSpec {
+        let tuning = Tuning {
+            resync_bytes_per_second: spec.resync_bytes_per_second,
+            ..Tuning::default()
+        };
+        let spec = VolumeSpec {
             id: spec.id,
             label: spec.label,
             dataset: spec.dataset,
@@ -128,14 +136,15 @@ impl Registry {
             replicas,
             membership_epoch: spec.membership_epoch,
             register: Rc::new(spec.register),
-        })
-        .await?;
+        };
+        let id = spec.id;
+        let volume = Volume::open_tuned(spec, tuning).await?;
         let entry = Entry {
             volume,
             epoch: Rc::default(),
             door: None,
         };
-        let earlier = self.volumes.borrow_mut().insert(spec.id, entry);
+        let earlier = self.volumes.borrow_mut().insert(id, entry);
         assert!(earlier.is_none(), "the volume's lock is held over its opening");
         Ok(())
     }
@@ -230,6 +239,27 @@ impl Registry {
             volume.flush().await?;
         }
         volume.let_go(place).await
+    }
+
+    /// An open volume takes a store in as one more replica.
+    ///
+    /// # Errors
+    /// As [`Volume::add_replica`]; `Unavailable` when it is not open.
+    pub(crate) async fn add_replica(&self, id: VolumeId, store: StoreId, name: String) -> Result<()> {
+        self.must_be_open(id)?.add_replica(store, name).await.map(drop)
+    }
+
+    /// A replica of an open volume leaves.
+    ///
+    /// # Errors
+    /// As [`Volume::remove_replica`]; `Unavailable` when it is not open.
+    pub(crate) async fn remove_replica(&self, id: VolumeId, place: usize) -> Result<()> {
+        self.must_be_open(id)?.remove_replica(place).await
+    }
+
+    fn must_be_open(&self, id: VolumeId) -> Result<Rc<Volume>> {
+        self.volume(id)
+            .ok_or_else(|| Error::unavailable(format!("volume {id} is not open")))
     }
 
     fn volume(&self, id: VolumeId) -> Option<Rc<Volume>> {

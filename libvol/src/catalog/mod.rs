@@ -13,8 +13,8 @@ mod records;
 mod table;
 
 pub use records::{
-    AttachmentRecord, CustomerRecord, DestroyRecord, DestroyedStore, Phase, ReplicaRecord, ScrubPass,
-    ScrubRecord, StoreFault, StoreRecord, Tombstone, VmRecord, VolumeRecord,
+    AttachmentRecord, CustomerRecord, DestroyRecord, DestroyedStore, Leaving, Phase, ReplicaRecord,
+    ScrubPass, ScrubRecord, StoreFault, StoreRecord, Tombstone, VmRecord, VolumeRecord,
 };
 pub use table::{Record, Tx, View};
 

@@ -34,8 +34,21 @@ pub struct StoreRecord {
     /// What an old copy of it is told by.
     #[serde(default)]
     pub lineage: Lineage,
+    /// Its replicas are to go elsewhere.
+    #[serde(default)]
+    pub leaving: Option<Leaving>,
     /// Seconds since 1970.
     pub created_unix_seconds: u64,
+}
+
+/// How a store is being given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Leaving {
+    /// Its replicas move off while they serve.
+    Draining,
+    /// It will not come back: its replicas are replaced from the others, then its record goes.
+    Lost,
 }
 
 /// Why a store is latched faulty.
@@ -133,8 +146,10 @@ pub struct VolumeRecord {
     pub dataset: DatasetId,
     /// Its size.
     pub size_bytes: u64,
-    /// Its replicas, in the order of its slots.
+    /// Its replicas, in the order of its slots. While one moves there is one more; a place may be vacant.
     pub replicas: Vec<ReplicaRecord>,
+    /// How many replicas it is to have.
+    pub replicas_wanted: usize,
     /// Rises with every change of membership.
     pub membership_epoch: Epoch,
     /// Rises with every attach and detach.
@@ -146,16 +161,36 @@ pub struct VolumeRecord {
 }
 
 impl VolumeRecord {
+    /// Places that are not vacant, and their replicas.
+    pub fn held(&self) -> impl Iterator<Item = (usize, &ReplicaRecord)> {
+        let places = self.replicas.iter().enumerate();
+        places.filter(|(_, replica)| replica.state != Member::Vacant)
+    }
+
     /// The place of its replica on a store.
     pub fn replica_on(&self, store: StoreId) -> Option<usize> {
-        let mut replicas = self.replicas.iter();
-        replicas.position(|replica| replica.store == store && replica.state != Member::Vacant)
+        let mut held = self.held();
+        held.find_map(|(place, replica)| (replica.store == store).then_some(place))
     }
 
     /// Whether its replica on a store is in sync.
     pub fn is_in_sync_on(&self, store: StoreId) -> bool {
         let place = self.replica_on(store);
         place.is_some_and(|place| self.replicas[place].state == Member::InSync)
+    }
+
+    /// Whether it has a replica on that store.
+    pub fn is_on(&self, store: StoreId) -> bool {
+        self.held().any(|(_, replica)| replica.store == store)
+    }
+
+    /// The stores as its slots name them: by place, nil for a vacant one.
+    pub fn stores(&self) -> Vec<StoreId> {
+        let store = |replica: &ReplicaRecord| match replica.state {
+            Member::Vacant => StoreId::NIL,
+            _ => replica.store,
+        };
+        self.replicas.iter().map(store).collect()
     }
 }
 
@@ -187,6 +222,9 @@ pub struct DestroyedStore {
     pub extents: u32,
     /// Every key copy and extent there is overwritten, verified and free.
     pub done: bool,
+    /// The store was given up as lost before that: nothing can be said of what it holds.
+    #[serde(default)]
+    pub lost: bool,
 }
 
 /// A destruction, from its intent on; kept after its end.

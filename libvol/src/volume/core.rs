@@ -26,14 +26,15 @@ use crate::crypto::seal::{SealedBuf, Sealer};
 use crate::error::{Error, Kind, Result};
 use crate::ids::{BlockIndex, DatasetId, Epoch, ExtentIndex, KeyVersion, PhysicalExtent, VolumeId};
 use crate::limits::{
-    BLOCK, BLOCK_SIZE, DIRTY_MARKS_PER_STORE, REPLICA_DEADLINE_SECONDS, REPLICAS_MAX, VOLUME_BYTES_IN_FLIGHT,
-    VOLUME_PLACES_MAX, VOLUME_POOL_BYTES_IDLE, VOLUME_RECOVERY_EXTENTS, VOLUME_SUM_CACHE_BYTES,
+    BLOCK, BLOCK_SIZE, DIRTY_MARKS_PER_STORE, REPLICA_DEADLINE_SECONDS, REPLICAS_MAX,
+    RESYNC_BYTES_PER_SECOND_DEFAULT, VOLUME_BYTES_IN_FLIGHT, VOLUME_PLACES_MAX, VOLUME_POOL_BYTES_IDLE,
+    VOLUME_RECOVERY_EXTENTS, VOLUME_SUM_CACHE_BYTES,
 };
 use crate::runtime::spawn;
 use crate::runtime::sync::{InFlight, InFlightGuard, Notify, Semaphore};
 use crate::store::{Member, StoreIo};
 
-/// Numbers that tests choose smaller than production does.
+/// Numbers that an operator may set, and that tests choose smaller than production does.
 #[derive(Clone, Copy, Debug)]
 pub struct Tuning {
     /// Extents of this volume that may be marked at a time, at most; memory for pinned sums may allow fewer.
@@ -48,7 +49,7 @@ pub struct Tuning {
     pub mark_patience: Duration,
     /// How long a request to a replica may take before it counts as failed.
     pub deadline: Duration,
-    /// Bytes a second that a replica which catches up is read and written with, at most.
+    /// Bytes a second that a replica which catches up is written with, at most.
     pub resync_bytes_per_second: u64,
 }
 
@@ -61,7 +62,7 @@ impl Default for Tuning {
             idle_ticks: 5,
             mark_patience: Duration::from_secs(60),
             deadline: Duration::from_secs(REPLICA_DEADLINE_SECONDS),
-            resync_bytes_per_second: u64::MAX,
+            resync_bytes_per_second: RESYNC_BYTES_PER_SECOND_DEFAULT,
         }
     }
 }

@@ -179,7 +179,7 @@ impl Volume {
         Self::open_tuned(spec, Tuning::default()).await
     }
 
-    /// The same with other numbers, for tests.
+    /// The same with other numbers.
     ///
     /// # Errors
     /// As [`Volume::open`].

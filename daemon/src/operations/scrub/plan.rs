@@ -118,6 +118,7 @@ mod tests {
             dataset: DatasetId::random(),
             size_bytes: 1 << 30,
             replicas: Vec::new(),
+            replicas_wanted: 0,
             membership_epoch: Epoch(1),
             attachment_epoch: Epoch(0),
             phase: Phase::Ready,

@@ -1,0 +1,516 @@
+//! Replicas on the move: stores that are drained, and stores that are lost.
+//!
+//! Nothing of a move is kept but what is to be: a volume's number of replicas, and which stores are leaving. Each look takes
+//! every volume one step nearer to that, under its lock, so a crash anywhere is followed by the step that is missing:
+//!
+//! | what is found | step |
+//! |---|---|
+//! | more replicas in sync than wanted, or one on a lost store that others do without | one on a leaving store leaves; its place becomes vacant |
+//! | fewer replicas than wanted on stores that stay | a store of another zone is taken in, to be copied ([`super::replicas`]) |
+//! | more replicas than wanted, and none on a leaving store | a drain was called off: the last one that is not in sync leaves |
+//! | a volume on a draining store that has no replica there by the catalog | what is left there is destroyed |
+//! | a lost store without replicas | its record goes |
+//!
+//! Membership is the volume's to write; slots' lists of stores follow it ([`Operations::settle_slots`]).
+
+use std::collections::HashSet;
+use std::sync::{Arc, PoisonError};
+
+use libvol::catalog::{DestroyRecord, Leaving, Phase, ReplicaRecord, StoreRecord, Tombstone, VolumeRecord};
+use libvol::control;
+use libvol::ids::{Name, StoreId, VolumeId};
+use libvol::store::{self, Member, StoreHandle};
+use libvol::{Error, Result};
+
+use super::{Operations, Seat, store_named};
+
+/// Volumes that a refusal names.
+const NAMED_MAX: usize = 5;
+
+/// A step of a volume.
+#[derive(Debug, PartialEq, Eq)]
+enum Step {
+    /// The replica at this place leaves.
+    Leave(usize),
+    /// One more store is needed.
+    TakeIn,
+    /// It is as it should be, or something under way has to end first.
+    Wait,
+}
+
+/// The next step of a volume, by how its stores are leaving.
+fn next_step(volume: &VolumeRecord, leaving: impl Fn(StoreId) -> Option<Leaving>) -> Step {
+    let in_sync = |replica: &ReplicaRecord| replica.state == Member::InSync;
+    let held: Vec<(usize, &ReplicaRecord)> = volume.held().collect();
+    let all_in_sync = held.iter().filter(|(_, replica)| in_sync(replica)).count();
+    let may_leave = |replica: &ReplicaRecord| {
+        let without = all_in_sync - usize::from(in_sync(replica));
+        match leaving(replica.store) {
+            Some(Leaving::Lost) => without >= 1,
+            Some(Leaving::Draining) => without >= volume.replicas_wanted,
+            None => false,
+        }
+    };
+    if let Some((place, _)) = held.iter().find(|(_, replica)| may_leave(replica)) {
+        return Step::Leave(*place);
+    }
+    let stays = held
+        .iter()
+        .filter(|(_, replica)| leaving(replica.store).is_none())
+        .count();
+    if stays < volume.replicas_wanted {
+        return Step::TakeIn;
+    }
+    if held.len() == stays && stays > volume.replicas_wanted {
+        let surplus = held.iter().rev().find(|(_, replica)| !in_sync(replica));
+        if let Some((place, _)) = surplus.or(held.last()) {
+            return Step::Leave(*place);
+        }
+    }
+    Step::Wait
+}
+
+impl Operations {
+    /// Begins, or calls off, to move all replicas off a store.
+    ///
+    /// # Errors
+    /// `NotFound`; `Invalid` for a lost one.
+    pub(crate) async fn store_drain(&self, name: &Name, cancel: bool) -> Result<control::Store> {
+        let _lock = self.stores_lock.lock().await;
+        let record = self.change(|tx| {
+            let mut record = store_named(tx, name)?;
+            if record.leaving == Some(Leaving::Lost) {
+                return Err(Error::invalid(format!(
+                    "store {:?} was given up as lost",
+                    name.as_str()
+                )));
+            }
+            record.leaving = (!cancel).then_some(Leaving::Draining);
+            tx.update(&record)?;
+            Ok(record)
+        })?;
+        match cancel {
+            false => tracing::info!(store = %name, "drained from now on"),
+            true => tracing::info!(store = %name, "no longer drained"),
+        }
+        Ok(self.store_shown(record))
+    }
+
+    /// Gives up a store that will not come back: its replicas are replaced, unfinished destructions there are written off.
+    ///
+    /// # Errors
+    /// `NotFound`; `Busy` when it is in use, or holds the last replica in sync of a volume, which it names.
+    pub(crate) async fn store_remove_lost(self: &Arc<Self>, name: &Name) -> Result<()> {
+        let _lock = self.stores_lock.lock().await;
+        let record = self.look(|view| store_named(view, name))?;
+        if record.leaving == Some(Leaving::Lost) {
+            return Ok(());
+        }
+        if let Seat::Open(handle) = self.seat(record.id) {
+            if handle.fault().is_none() {
+                return Err(Error::busy(format!(
+                    "store {0:?} is in use, not lost; move its replicas off instead: volctl store drain {0}",
+                    name.as_str()
+                )));
+            }
+            self.let_go_of(&record).await?;
+            self.close_store(&handle).await;
+        }
+        let unfinished = self.change(|tx| {
+            let only_here: Vec<String> = tx
+                .all::<VolumeRecord>()?
+                .iter()
+                .filter(|volume| volume.phase == Phase::Ready)
+                .filter(|volume| is_last_in_sync(volume, record.id))
+                .map(|volume| volume.path.to_string())
+                .collect();
+            if !only_here.is_empty() {
+                let more = only_here.len().saturating_sub(NAMED_MAX);
+                let named = only_here[..only_here.len().min(NAMED_MAX)].join(", ");
+                let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+                return Err(Error::busy(format!(
+                    "store {:?} has the last replica in sync of {named}{more}; bring the store back, or delete those volumes first (their data is lost)",
+                    name.as_str()
+                )));
+            }
+            let mut store = store_named(tx, name)?;
+            store.leaving = Some(Leaving::Lost);
+            tx.update(&store)?;
+            let mut unfinished = Vec::new();
+            for mut job in tx.all::<DestroyRecord>()? {
+                let on_it = |part: &&mut libvol::catalog::DestroyedStore| part.store == store.id && !part.done;
+                if let Some(part) = job.stores.iter_mut().find(on_it) {
+                    part.lost = true;
+                    tx.update(&job)?;
+                    unfinished.push(job.volume);
+                }
+            }
+            Ok(unfinished)
+        })?;
+        self.set_seat(record.id, Seat::Closed("given up as lost".into()));
+        tracing::warn!(store = %name, "given up as lost; its replicas are replaced from the others");
+        for volume in unfinished {
+            self.start_destroying(volume);
+        }
+        Ok(())
+    }
+
+    /// One look: every volume with a replica on a leaving store, or with too many, takes a step.
+    pub(super) async fn relocate_replicas(self: &Arc<Self>) -> Result<()> {
+        let (stores, volumes) =
+            self.look(|view| Ok((view.all::<StoreRecord>()?, view.all::<VolumeRecord>()?)))?;
+        let leaving = |store: StoreId| stores.iter().find(|record| record.id == store)?.leaving;
+        for volume in volumes.iter().filter(|volume| volume.phase == Phase::Ready) {
+            if next_step(volume, leaving) == Step::Wait {
+                self.note_blocked(volume.id, None);
+                continue;
+            }
+            let stepped = self.step(volume.id, leaving).await;
+            if let Err(e) = &stepped {
+                tracing::debug!(volume = %volume.path, "a replica cannot move: {e}");
+            }
+            self.note_blocked(volume.id, stepped.err().map(|e| e.to_string()));
+        }
+        for store in &stores {
+            let cleared = match store.leaving {
+                None => Ok(()),
+                Some(Leaving::Draining) => self.clear_out(store).await,
+                Some(Leaving::Lost) => self.forget_lost(store).await,
+            };
+            if let Err(e) = cleared {
+                tracing::warn!(store = %store.name, "cannot be emptied yet: {e}");
+            }
+        }
+        Ok(())
+    }
+
+    async fn step(
+        self: &Arc<Self>,
+        id: VolumeId,
+        leaving: impl Fn(StoreId) -> Option<Leaving>,
+    ) -> Result<()> {
+        let _lock = self.volume_locks.lock(id).await;
+        let record = self.look(|view| view.get::<VolumeRecord>(id))?;
+        let Some(record) = record.filter(|record| record.phase == Phase::Ready) else {
+            return Ok(());
+        };
+        let target = match next_step(&record, &leaving) {
+            Step::Wait => return Ok(()),
+            Step::Leave(_) => None,
+            Step::TakeIn => Some(self.target(&record, &leaving).await?),
+        };
+        if self.report(id).await?.is_none() {
+            self.open_volume(&record).await?;
+            tracing::info!(volume = %record.path, "opened to move a replica");
+            self.close_when_idle(record.clone());
+        }
+        // Opening it may have changed it: replicas whose stores are away are out now.
+        let record = self
+            .look(|view| view.get::<VolumeRecord>(id))?
+            .ok_or_else(|| Error::internal(format!("volume {id} is gone from the catalog")))?;
+        match (next_step(&record, &leaving), target) {
+            (Step::Leave(place), _) => {
+                let store = self.store_name(record.replicas[place].store);
+                self.shards
+                    .of_volume(id)
+                    .call(move |registry| async move { registry.remove_replica(id, place).await })
+                    .await?;
+                tracing::info!(volume = %record.path, %store, "its replica there has been replaced, and has left");
+            }
+            (Step::TakeIn, Some(target)) => {
+                let (store, name) = (target.info().id, target.info().name.to_string());
+                tracing::info!(volume = %record.path, store = %name, "gets a replica there");
+                self.shards
+                    .of_volume(id)
+                    .call(move |registry| async move { registry.add_replica(id, store, name).await })
+                    .await?;
+            }
+            (Step::TakeIn, None) | (Step::Wait, _) => return Ok(()),
+        }
+        let record = self.look(|view| view.get::<VolumeRecord>(id))?;
+        match record {
+            Some(record) => self.settle_slots(&record).await,
+            None => Ok(()),
+        }
+    }
+
+    /// The store that takes a volume's next replica: of another zone than the replicas that stay, with extents of the same
+    /// size, with room for all the volume holds, and the most of it.
+    async fn target(
+        &self,
+        volume: &VolumeRecord,
+        leaving: impl Fn(StoreId) -> Option<Leaving>,
+    ) -> Result<StoreHandle> {
+        let stores = self.look(|view| view.all::<StoreRecord>())?;
+        let of = |id: StoreId| stores.iter().find(|store| store.id == id);
+        let held: Vec<&StoreRecord> = volume
+            .held()
+            .filter_map(|(_, replica)| of(replica.store))
+            .collect();
+        let stays = held.iter().filter(|store| leaving(store.id).is_none());
+        let zones: HashSet<&Name> = stays.map(|store| &store.zone).collect();
+        let extent_bytes = held.first().map_or(0, |store| store.extent_bytes);
+        let needed = self.extents_held(volume).await * extent_bytes;
+        let mut candidates = self.candidates()?;
+        candidates.retain(|candidate| {
+            candidate.extent_bytes == extent_bytes
+                && candidate.free_bytes >= needed
+                && !zones.contains(&candidate.zone)
+                && held.iter().all(|store| store.id != candidate.id)
+        });
+        candidates.sort_by_key(|candidate| std::cmp::Reverse(candidate.free_bytes));
+        for candidate in candidates {
+            let Seat::Open(handle) = self.seat(candidate.id) else {
+                continue;
+            };
+            if self.state_on(&handle, volume.id).await? == store::VolumeState::Unknown {
+                return Ok(handle);
+            }
+        }
+        Err(Error::no_space(format!(
+            "no store is online in another zone with extents of {} KiB and {} MiB free; add one",
+            extent_bytes >> 10,
+            needed >> 20
+        )))
+    }
+
+    /// Extents that a replica in sync of the volume holds.
+    async fn extents_held(&self, volume: &VolumeRecord) -> u64 {
+        let dataset = volume.dataset;
+        for (replica, handle) in self.stores_at_hand(volume) {
+            if replica.state != Member::InSync {
+                continue;
+            }
+            let extents = self
+                .shards
+                .of_store(replica.store)
+                .call(move |_| async move { handle.extents_of(dataset).await })
+                .await;
+            if let Ok(extents) = extents {
+                return extents.len() as u64;
+            }
+        }
+        0
+    }
+
+    /// Slots name the stores that the catalog does. The volume's lock is held.
+    ///
+    /// # Errors
+    /// As the stores; a store that fails is put right at the next opening.
+    pub(super) async fn settle_slots(&self, record: &VolumeRecord) -> Result<()> {
+        for (_, handle) in self.stores_at_hand(record) {
+            let stores = record.stores();
+            match self.state_on(&handle, record.id).await {
+                Ok(store::VolumeState::Live(_, slot)) if slot.stores != stores => {}
+                // Not there yet, or not readable: nothing to put right.
+                _ => continue,
+            }
+            let id = record.id;
+            self.shards
+                .of_store(handle.info().id)
+                .call(move |_| async move { handle.set_stores(id, stores).await })
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// What volumes that have moved, or were destroyed, left on a draining store.
+    async fn clear_out(&self, store: &StoreRecord) -> Result<()> {
+        let Ok(handle) = self.open_store(store) else {
+            return Ok(());
+        };
+        let asked = handle.clone();
+        let shard = self.shards.of_store(store.id);
+        let left = shard.call(move |_| async move { asked.volumes().await }).await?;
+        for id in left {
+            let _lock = self.volume_locks.lock(id).await;
+            let (volume, destroyed) =
+                self.look(|view| Ok((view.get::<VolumeRecord>(id)?, view.get::<Tombstone>(id)?)))?;
+            let moved = |volume: &VolumeRecord| volume.phase == Phase::Ready && !volume.is_on(store.id);
+            let handle = handle.clone();
+            match (volume, destroyed) {
+                (Some(volume), _) if moved(&volume) => {
+                    shard
+                        .call(move |_| async move { handle.give_up_volume(id).await })
+                        .await?;
+                    tracing::info!(volume = %volume.path, store = %store.name, "what it left there is being overwritten");
+                }
+                (None, Some(_)) => {
+                    shard
+                        .call(move |_| async move { handle.destroy_volume(id).await })
+                        .await?;
+                }
+                // In use, being made or destroyed; or unknown, and then not ours to judge.
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// A lost store's record goes with the last replica on it.
+    async fn forget_lost(&self, store: &StoreRecord) -> Result<()> {
+        let _lock = self.stores_lock.lock().await;
+        let gone = self.change(|tx| {
+            let used = tx
+                .all::<VolumeRecord>()?
+                .iter()
+                .any(|volume| volume.is_on(store.id));
+            if used || tx.get::<StoreRecord>(store.id)?.is_none() {
+                return Ok(false);
+            }
+            tx.remove::<StoreRecord>(store.id)?;
+            Ok(true)
+        })?;
+        if gone {
+            self.drop_seat(store.id);
+            tracing::warn!(store = %store.name, "forgotten; should it ever come back, it is not used");
+        }
+        Ok(())
+    }
+
+    /// The stores that a volume is to be destroyed on: its replicas', and those that one has just left.
+    pub(super) async fn stores_to_destroy_on(&self, volume: &VolumeRecord) -> Result<Vec<StoreId>> {
+        let mut stores: Vec<StoreId> = volume.held().map(|(_, replica)| replica.store).collect();
+        let leaving = self.look(|view| view.all::<StoreRecord>())?;
+        for store in leaving
+            .iter()
+            .filter(|store| store.leaving == Some(Leaving::Draining))
+        {
+            if stores.contains(&store.id) {
+                continue;
+            }
+            if let Ok(handle) = self.open_store(store)
+                && self.state_on(&handle, volume.id).await? != store::VolumeState::Unknown
+            {
+                stores.push(store.id);
+            }
+        }
+        Ok(stores)
+    }
+
+    fn note_blocked(&self, volume: VolumeId, why: Option<String>) {
+        let mut blocked = self.blocked.lock().unwrap_or_else(PoisonError::into_inner);
+        match why {
+            Some(why) => blocked.insert(volume, why),
+            None => blocked.remove(&volume),
+        };
+    }
+
+    /// How far a leaving store is: how many replicas are on it, and why one does not move.
+    pub(super) fn leaving_shown(&self, on_it: &[VolumeRecord]) -> String {
+        let blocked = self.blocked.lock().unwrap_or_else(PoisonError::into_inner);
+        let why = on_it.iter().find_map(|volume| {
+            let why = blocked.get(&volume.id)?;
+            Some(format!("; {}: {why}", volume.path))
+        });
+        let count = on_it.len();
+        format!(
+            "{count} replica{} still to be replaced{}",
+            if count == 1 { "" } else { "s" },
+            why.unwrap_or_default()
+        )
+    }
+}
+
+/// Whether nobody else has all acknowledged writes of a volume.
+fn is_last_in_sync(volume: &VolumeRecord, store: StoreId) -> bool {
+    let mut in_sync = volume
+        .held()
+        .filter(|(_, replica)| replica.state == Member::InSync);
+    in_sync.all(|(_, replica)| replica.store == store) && volume.is_on(store)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use libvol::ids::{CustomerId, DatasetId, Epoch};
+
+    /// A volume with replicas in these states on stores of their own.
+    fn volume(wanted: usize, states: &[Member]) -> (VolumeRecord, Vec<StoreId>) {
+        let stores: Vec<StoreId> = states.iter().map(|_| StoreId::random()).collect();
+        let replica = |(store, state): (&StoreId, &Member)| ReplicaRecord {
+            state: *state,
+            ..ReplicaRecord::in_sync(*store)
+        };
+        let volume = VolumeRecord {
+            id: VolumeId::random(),
+            path: "acme/web".parse().unwrap(),
+            customer: CustomerId::random(),
+            dataset: DatasetId::random(),
+            size_bytes: 4096,
+            replicas: stores.iter().zip(states).map(replica).collect(),
+            replicas_wanted: wanted,
+            membership_epoch: Epoch(1),
+            attachment_epoch: Epoch(0),
+            phase: Phase::Ready,
+            created_unix_seconds: 1,
+        };
+        (volume, stores)
+    }
+
+    fn step(wanted: usize, states: &[Member], leaving: &[(usize, Leaving)]) -> Step {
+        let (volume, stores) = volume(wanted, states);
+        next_step(&volume, |store| {
+            let place = stores.iter().position(|other| *other == store)?;
+            leaving
+                .iter()
+                .find(|(other, _)| *other == place)
+                .map(|(_, how)| *how)
+        })
+    }
+
+    use Leaving::{Draining, Lost};
+    use Member::{InSync, Resyncing, Stale, Vacant};
+
+    #[test]
+    fn a_draining_replica_leaves_only_when_its_successor_is_in_sync() {
+        let draining = [(0, Draining)];
+        assert_eq!(step(2, &[InSync, InSync], &draining), Step::TakeIn);
+        assert_eq!(step(2, &[InSync, InSync, Stale], &draining), Step::Wait);
+        assert_eq!(step(2, &[InSync, InSync, Resyncing], &draining), Step::Wait);
+        assert_eq!(step(2, &[InSync, InSync, InSync], &draining), Step::Leave(0));
+        assert_eq!(step(2, &[Vacant, InSync, InSync], &draining), Step::Wait);
+        assert_eq!(step(1, &[InSync], &draining), Step::TakeIn);
+        assert_eq!(step(1, &[InSync, InSync], &draining), Step::Leave(0));
+        // One that is out of sync is not missed.
+        assert_eq!(step(2, &[Stale, InSync], &draining), Step::TakeIn);
+        assert_eq!(step(2, &[Stale, InSync, InSync], &draining), Step::Leave(0));
+    }
+
+    #[test]
+    fn replicas_of_two_draining_stores_move_one_after_the_other() {
+        let draining = [(0, Draining), (1, Draining)];
+        assert_eq!(step(3, &[InSync, InSync, InSync], &draining), Step::TakeIn);
+        assert_eq!(
+            step(3, &[InSync, InSync, InSync, InSync], &draining),
+            Step::Leave(0)
+        );
+        assert_eq!(
+            step(3, &[Vacant, InSync, InSync, InSync], &draining),
+            Step::TakeIn
+        );
+    }
+
+    #[test]
+    fn a_lost_replica_leaves_at_once_unless_nobody_else_has_everything() {
+        let lost = [(0, Lost)];
+        assert_eq!(step(2, &[Stale, InSync], &lost), Step::Leave(0));
+        assert_eq!(step(2, &[InSync, InSync], &lost), Step::Leave(0));
+        assert_eq!(step(2, &[Vacant, InSync], &lost), Step::TakeIn);
+        assert_ne!(step(2, &[InSync, Stale], &lost), Step::Leave(0));
+    }
+
+    #[test]
+    fn a_drain_that_was_called_off_leaves_as_many_as_wanted() {
+        assert_eq!(step(2, &[InSync, InSync, Stale], &[]), Step::Leave(2));
+        assert_eq!(step(2, &[InSync, InSync, InSync], &[]), Step::Leave(2));
+        assert_eq!(step(2, &[InSync, InSync], &[]), Step::Wait);
+        assert_eq!(step(2, &[InSync, Stale], &[]), Step::Wait);
+    }
+
+    #[test]
+    fn the_last_replica_in_sync_is_known_as_such() {
+        let (volume, stores) = volume(2, &[InSync, Stale]);
+        assert!(is_last_in_sync(&volume, stores[0]) && !is_last_in_sync(&volume, stores[1]));
+    }
+}
