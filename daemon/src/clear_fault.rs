@@ -123,7 +123,6 @@ mod tests {
             ..store()
         };
         let volume = |name: &str, state| VolumeRecord {
-            replicas_wanted: 2,
             id: VolumeId::random(),
             path: format!("acme/{name}").parse().unwrap(),
             customer: CustomerId::random(),
@@ -135,6 +134,7 @@ mod tests {
                 reason: Some("old".into()),
                 ..ReplicaRecord::in_sync(store.id)
             }],
+            replicas_wanted: 1,
             membership_epoch: Epoch(1),
             attachment_epoch: Epoch(0),
             phase: Phase::Ready,

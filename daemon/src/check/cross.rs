@@ -407,9 +407,6 @@ mod tests {
             ("another customer", |_, reports| {
                 here(reports).slot.as_mut().unwrap().customer = CustomerId::random();
             }),
-            ("other stores", |_, reports| {
-                here(reports).slot.as_mut().unwrap().stores.reverse()
-            }),
             ("no key", |_, reports| {
                 here(reports).slot.as_mut().unwrap().keys.clear()
             }),
@@ -510,6 +507,14 @@ mod tests {
             }),
             ("a resize was interrupted", |_, reports| {
                 here(reports).size_bytes = 16384
+            }),
+            ("names other stores", |_, reports| {
+                here(reports)
+                    .slot
+                    .as_mut()
+                    .unwrap()
+                    .stores
+                    .push(StoreId::random());
             }),
             ("is out of sync", |known, _| {
                 known.volumes[0].replicas[1].state = Member::Stale;

@@ -308,9 +308,9 @@ mod tests {
             extent_bytes: 4 << 20,
             extents: 1,
             allow_buffered: false,
-            leaving: None,
             fault: None,
             lineage: Lineage::of(&found),
+            leaving: None,
             created_unix_seconds: 1,
         };
         let (failed, well) = (store("a"), store("b"));

@@ -332,13 +332,13 @@ mod tests {
             ..ReplicaRecord::in_sync(store(n))
         };
         VolumeRecord {
-            replicas_wanted: 2,
             id: VolumeId::random(),
             path: "acme/web".parse().unwrap(),
             customer: CustomerId::random(),
             dataset: DatasetId::random(),
             size_bytes: 4096,
             replicas: states.iter().enumerate().map(replica).collect(),
+            replicas_wanted: states.len(),
             membership_epoch: Epoch(4),
             attachment_epoch: Epoch(0),
             phase: Phase::Ready,

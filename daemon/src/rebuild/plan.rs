@@ -162,9 +162,9 @@ impl Planner<'_> {
             extent_bytes: info.extent_bytes,
             extents: info.extents,
             allow_buffered: *buffered,
-            leaving: None,
             fault: None,
             lineage: Lineage::of(&inspection.found),
+            leaving: None,
             created_unix_seconds: inspection.created_unix_seconds,
         });
         let name = info.name.as_str();
@@ -192,6 +192,7 @@ impl Planner<'_> {
             size_bytes,
             epoch,
             replicas,
+            wanted,
             missing,
             losses,
             notes,
@@ -220,11 +221,8 @@ impl Planner<'_> {
             customer: slot.customer,
             dataset: slot.dataset,
             size_bytes,
-            replicas_wanted: replicas
-                .iter()
-                .filter(|replica| replica.state != store::Member::Vacant)
-                .count(),
             replicas,
+            replicas_wanted: wanted,
             membership_epoch: epoch,
             // Higher than any there was: epochs rise by one with an attach or detach, and have risen for less than a
             // second each since 1970. No session of before can pass.
@@ -352,9 +350,9 @@ impl Planner<'_> {
                 (None, None) => continue,
             };
             parts.push(DestroyedStore {
-                lost: false,
                 store: *store,
                 extents,
+                lost: false,
                 done: live.is_none() && remains.is_some_and(|r| r.finished),
             });
         }
@@ -364,6 +362,7 @@ impl Planner<'_> {
         for store in slot.iter().flat_map(|slot| &slot.stores) {
             if let Some(slot) = slot
                 && !self.stores.contains_key(store)
+                && *store != StoreId::NIL
             {
                 let label = format!("{} (destroyed)", label(slot));
                 self.missing.entry(*store).or_default().insert(label);

@@ -12,8 +12,9 @@
 //! | holds what cannot be used, or another volume under its id, or has given it up | given up: a loss |
 //!
 //! Why everything, where the others' extent records say which extents a stale replica missed: they say so of what it held
-//! when it was dropped. That it held that much, and is no older copy of itself, only the lost catalog knew. What a vacant
-//! place's store holds all the same is taken back as stale, so that deleting the volume reaches its keys there.
+//! when it was dropped. That it held that much, and is no older copy of itself, only the lost catalog knew. A store that holds
+//! the volume and is not named any more (its replica has moved, or was given up before) is taken back as stale, so that
+//! deleting the volume reaches its keys there.
 //!
 //! A volume without an in-sync replica gets its best stale one: a loss. With a loss the membership epoch rises, and the
 //! stores that stay are told before the catalog says so: what was given up must not pass for in sync when it turns up in a
@@ -26,6 +27,7 @@ use std::collections::BTreeMap;
 
 use libvol::catalog::{Phase, ReplicaRecord};
 use libvol::ids::{CustomerId, DatasetId, Epoch, Name, StoreId, VolumeId};
+use libvol::limits::{REPLICAS_MAX, VOLUME_PLACES_MAX};
 use libvol::store::{self, Inspection, LiveVolume, Member, VolumeSlot, Word};
 
 /// Membership epoch of every new volume.
@@ -47,8 +49,10 @@ pub(super) struct Rebuilt {
     pub(super) size_bytes: u64,
     /// Membership epoch.
     pub(super) epoch: Epoch,
-    /// One for each of the slot's stores, in its order (of a volume to be rolled back: those that are there).
+    /// By place (of a volume to be rolled back: those that are there).
     pub(super) replicas: Vec<ReplicaRecord>,
+    /// How many replicas it is to have: as many as it had, those that are given up and those taken back among them.
+    pub(super) wanted: usize,
     /// Stores that its slot names and that were not given.
     pub(super) missing: Vec<StoreId>,
     /// What is given up besides, a line each.
@@ -86,19 +90,31 @@ pub(super) fn decide(id: VolumeId, stores: &Stores<'_>) -> Result<Rebuilt, Strin
         })
     });
     let readable: Vec<Readable<'_>> = readable.collect();
-    let slot = &reference(id, &readable)?;
-    let label = label(slot);
+    let mut slot = reference(id, &readable)?;
+    let label = label(&slot);
+    let holders = here().filter(|(_, volume)| !contradicts(volume, &slot));
+    let holders: Vec<(StoreId, &LiveVolume)> = holders.collect();
+    let Some(highest) = holders.iter().map(|(_, v)| v.record.membership_epoch).max() else {
+        return Err(format!("{label}: no store has it as its slot says"));
+    };
+    let newest = holders
+        .iter()
+        .filter(|(_, v)| v.record.membership_epoch == highest);
+    let newest: Vec<&[Member]> = newest.map(|(_, v)| &v.record.members[..]).collect();
+    let named = slot.stores.clone();
+    let vacant = |i: usize| {
+        let says_so = |members: &&[Member]| members.get(i) == Some(&Member::Vacant);
+        named.get(i).is_none_or(|store| *store == StoreId::NIL) || newest.iter().any(says_so)
+    };
+    let wanted = (0..named.len()).filter(|i| !vacant(*i)).count();
+    let wanted = wanted.max(holders.len()).clamp(1, REPLICAS_MAX);
+    take_back(&mut slot.stores, &holders, vacant);
     let places: Vec<Place<'_>> = slot
         .stores
         .iter()
-        .map(|s| look(id, slot, stores.get(s)))
+        .map(|s| look(id, &slot, stores.get(s)))
         .collect();
     let held = || places.iter().filter_map(Place::held);
-    let Some(highest) = held().map(|volume| volume.record.membership_epoch).max() else {
-        return Err(format!(
-            "{label}: none of the stores that its slot names has it, only others"
-        ));
-    };
     let size_bytes = held().map(|volume| volume.record.size_bytes).max().unwrap_or(0);
 
     let never_made = highest == FIRST_EPOCH
@@ -106,14 +122,14 @@ pub(super) fn decide(id: VolumeId, stores: &Stores<'_>) -> Result<Rebuilt, Strin
         && places.iter().all(|place| !matches!(place, Place::Unusable(_)))
         && held().all(|volume| volume.extents == 0);
     if never_made {
-        let holders = slot.stores.iter().zip(&places);
-        let holders = holders.filter(|(_, place)| place.held().is_some());
+        let there = holders.iter().map(|(store, _)| ReplicaRecord::in_sync(*store));
         return Ok(Rebuilt {
-            slot: slot.clone(),
             phase: Phase::Creating,
             size_bytes,
             epoch: highest,
-            replicas: holders.map(|(store, _)| ReplicaRecord::in_sync(*store)).collect(),
+            replicas: there.collect(),
+            slot,
+            wanted,
             missing: Vec::new(),
             losses: Vec::new(),
             notes: Vec::new(),
@@ -122,13 +138,8 @@ pub(super) fn decide(id: VolumeId, stores: &Stores<'_>) -> Result<Rebuilt, Strin
     }
 
     let believed = |i: usize| {
-        let mut newest = held().filter(|volume| volume.record.membership_epoch == highest);
-        newest.all(|volume| volume.record.members.get(i) == Some(&Member::InSync))
-    };
-    let vacant = |i: usize| {
-        let mut newest = held().filter(|volume| volume.record.membership_epoch == highest);
-        slot.stores[i] == StoreId::NIL
-            || newest.any(|volume| volume.record.members.get(i) == Some(&Member::Vacant))
+        let in_sync = |members: &&[Member]| members.get(i) == Some(&Member::InSync);
+        !vacant(i) && newest.iter().all(in_sync)
     };
     let mut in_sync: Vec<bool> = places
         .iter()
@@ -193,17 +204,27 @@ pub(super) fn decide(id: VolumeId, stores: &Stores<'_>) -> Result<Rebuilt, Strin
     });
     let members: Vec<Member> = states.collect();
     let places = slot.stores.iter().zip(&members);
-    let replicas = places.map(|(store, state)| ReplicaRecord {
-        store: *store,
-        state: *state,
-        full_copy: *state == Member::Stale,
-        reason: reason(*state).map(str::to_owned),
+    let replicas = places.map(|(store, state)| match state {
+        Member::InSync => ReplicaRecord::in_sync(*store),
+        Member::Stale | Member::Resyncing => ReplicaRecord {
+            store: *store,
+            state: Member::Stale,
+            full_copy: true,
+            reason: Some("it was behind the others when the catalog was rebuilt".into()),
+        },
+        Member::Vacant => ReplicaRecord {
+            store: StoreId::NIL,
+            state: Member::Vacant,
+            full_copy: false,
+            reason: None,
+        },
     });
     Ok(Rebuilt {
         phase: Phase::Ready,
         size_bytes,
         epoch,
         replicas: replicas.collect(),
+        wanted,
         missing,
         losses,
         notes,
@@ -213,16 +234,22 @@ pub(super) fn decide(id: VolumeId, stores: &Stores<'_>) -> Result<Rebuilt, Strin
             membership_epoch: epoch,
             members,
         }),
-        slot: slot.clone(),
+        slot,
     })
 }
 
-/// Why a replica is not in sync, for people.
-fn reason(state: Member) -> Option<&'static str> {
-    match state {
-        Member::InSync => None,
-        Member::Stale | Member::Resyncing => Some("it was behind the others when the catalog was rebuilt"),
-        Member::Vacant => Some("it was given up when the catalog was rebuilt"),
+/// Stores that have the volume and are not named any more, or not yet, get a vacant place, or one more.
+fn take_back(named: &mut Vec<StoreId>, holders: &[(StoreId, &LiveVolume)], vacant: impl Fn(usize) -> bool) {
+    let holds = |store: StoreId| holders.iter().any(|(other, _)| *other == store);
+    for (store, _) in holders {
+        if named.contains(store) {
+            continue;
+        }
+        match (0..named.len()).find(|i| vacant(*i) && !holds(named[*i])) {
+            Some(place) => named[place] = *store,
+            None if named.len() < VOLUME_PLACES_MAX => named.push(*store),
+            None => {}
+        }
     }
 }
 

@@ -58,6 +58,7 @@ fn a_replica_on_a_missing_store_is_a_loss_and_the_stores_that_stay_are_told() {
         plan.losses
     );
     assert_eq!(shape(&world, &plan), "b+ c+");
+    assert_eq!(plan.volumes[0].replicas_wanted, 3, "one more is looked for");
     assert_eq!(plan.volumes[0].membership_epoch, Epoch(2));
     let told: Vec<StoreId> = plan.updates.iter().map(|(store, _)| *store).collect();
     assert_eq!(told, [world.id(0), world.id(1)]);
@@ -95,6 +96,30 @@ fn a_missing_store_that_comes_back_to_a_later_rebuild_is_stale() {
     let plan = world.plan();
     assert_eq!(shape(&world, &plan), "a- b+ c+");
     assert_eq!(plan.losses, [""; 0]);
+}
+
+#[test]
+fn a_store_that_nobody_names_any_more_is_taken_back_and_to_be_copied_to() {
+    // a was given up in a rebuild; the daemon has then made its place vacant in the slots, too.
+    let mut world = World::new();
+    for store in [1, 2] {
+        world.set(store, 3, [VA, IN, IN]);
+        world.on(store).slot.as_mut().unwrap().stores[0] = StoreId::NIL;
+    }
+    let plan = world.plan();
+    assert_eq!(shape(&world, &plan), "a- b+ c+");
+    assert_eq!((plan.losses.len(), plan.updates.len()), (0, 0));
+    assert_eq!(plan.volumes[0].replicas_wanted, 3);
+    // Its place was given to d, which is not given: then it gets one more.
+    for store in [1, 2] {
+        world.set(store, 4, [IN, IN, IN]);
+        world.on(store).slot.as_mut().unwrap().stores[0] = StoreId::random();
+    }
+    let plan = world.plan();
+    assert_eq!(shape(&world, &plan), "b+ c+ a-");
+    assert_eq!(plan.volumes[0].replicas[0].state, VA);
+    assert_eq!(plan.losses.len(), 1, "{:?}", plan.losses);
+    assert_eq!(plan.updates[0].1.members, [VA, IN, IN, ST]);
 }
 
 #[test]
