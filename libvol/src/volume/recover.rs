@@ -37,7 +37,7 @@
 //! the cleaner does the rest. A cut meanwhile leads here again, to the same choice or to equal copies.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
@@ -89,7 +89,8 @@ impl Core {
     /// `Damaged`, `Unsupported` (another key version), or as the store's.
     pub(super) async fn load_map(self: &Rc<Self>) -> Result<()> {
         let results = self.on_all(|_, io| io.handle().extents_of(self.dataset)).await;
-        let mut found: HashMap<ExtentIndex, Found> = HashMap::new();
+        // In order: what follows makes disk calls, and a simulated history must replay.
+        let mut found: BTreeMap<ExtentIndex, Found> = BTreeMap::new();
         for (replica, entries) in results.0.into_iter().flatten().enumerate() {
             let entries = entries.map_err(|error| error.context(format!("volume {}", self.label)))?;
             for entry in entries {
