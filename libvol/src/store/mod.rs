@@ -37,6 +37,8 @@ pub use check::{
     CheckReport, CheckScope, ExtentReport, Finding, Severity, VolumeReport, check, compare_replicas,
 };
 pub use format::format;
+#[cfg(feature = "sim")]
+pub use format::format_simulated;
 pub use handle::StoreHandle;
 pub use io::StoreIo;
 pub use keeper::open;

@@ -33,17 +33,21 @@ use crate::store::StoreIo;
 
 /// Numbers that tests choose smaller than production does.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Tuning {
+#[cfg_attr(
+    not(feature = "sim"),
+    expect(unreachable_pub, reason = "public with the feature sim")
+)]
+pub struct Tuning {
     /// Extents of this volume that may be marked at a time, at most; memory for pinned sums may allow fewer.
-    pub(super) dirty_extents_max: usize,
+    pub dirty_extents_max: usize,
     /// Bytes of sums in memory.
-    pub(super) sum_cache_bytes: usize,
+    pub sum_cache_bytes: usize,
     /// The cleaner's clock.
-    pub(super) tick: Duration,
+    pub tick: Duration,
     /// Ticks without a write before an extent is cleaned.
-    pub(super) idle_ticks: u32,
+    pub idle_ticks: u32,
     /// How long a request waits for dirty marks before it gets `NoSpace`.
-    pub(super) mark_patience: Duration,
+    pub mark_patience: Duration,
 }
 
 impl Default for Tuning {

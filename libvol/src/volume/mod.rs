@@ -52,7 +52,11 @@ mod write;
 use std::ops::Range;
 use std::rc::Rc;
 
-use self::core::{Core, Tuning, uncancelled};
+#[cfg(feature = "sim")]
+pub use self::core::Tuning;
+#[cfg(not(feature = "sim"))]
+use self::core::Tuning;
+use self::core::{Core, uncancelled};
 use crate::buf::BufPool;
 use crate::crypto::seal::{PlainBuf, Sealer};
 use crate::error::Result;
@@ -126,10 +130,19 @@ impl Volume {
     /// # Errors
     /// `Damaged` when the replicas' maps contradict each other in clean extents; `Io`; `Unavailable`.
     pub async fn open(spec: VolumeSpec) -> Result<Rc<Self>> {
-        Self::open_tuned(spec, Tuning::default()).await
+        Self::open_with(spec, Tuning::default()).await
     }
 
-    async fn open_tuned(spec: VolumeSpec, tuning: Tuning) -> Result<Rc<Self>> {
+    /// The same with other numbers than production's.
+    ///
+    /// # Errors
+    /// As [`Volume::open`].
+    #[cfg(feature = "sim")]
+    pub async fn open_tuned(spec: VolumeSpec, tuning: Tuning) -> Result<Rc<Self>> {
+        Self::open_with(spec, tuning).await
+    }
+
+    async fn open_with(spec: VolumeSpec, tuning: Tuning) -> Result<Rc<Self>> {
         let core = Core::new(spec, tuning)?;
         core.load_map().await?;
         let running = (core.background.enter(), core.background.enter());

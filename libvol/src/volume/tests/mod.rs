@@ -101,7 +101,7 @@ impl Stores {
     }
 
     async fn volume(&self, size_bytes: u64, tuning: Tuning) -> Rc<Volume> {
-        Volume::open_tuned(self.spec(size_bytes), tuning).await.unwrap()
+        Volume::open_with(self.spec(size_bytes), tuning).await.unwrap()
     }
 
     async fn extents(&self, replica: usize) -> Vec<ExtentEntry> {
