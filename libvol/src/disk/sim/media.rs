@@ -124,6 +124,11 @@ impl Media {
         self.current.read(at, out);
     }
 
+    /// What is left if the power goes and nothing unsynced has landed.
+    pub fn read_durable(&self, at: u64, out: &mut [u8]) {
+        self.durable.read(at, out);
+    }
+
     /// Changes bytes behind everybody's back, durably: damage.
     pub fn overwrite(&mut self, at: u64, data: &[u8]) {
         self.current.write(at, data);
