@@ -7,7 +7,7 @@ SHELL := /bin/bash
 
 SAY := printf '\n== %s\n'
 
-.PHONY: help setup build demo test test-full bench fmt clippy
+.PHONY: help setup build demo test test-full soak bench fmt clippy
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,11 @@ test: build ## Format, lints, unit, property and end-to-end tests; within 8 minu
 
 test-full: build ## The same tests, longer and larger
 	@scripts/test.sh full
+
+soak: setup ## Crash simulation until stopped; SOAK="--from 1000 --crash-points 1000000" passes options
+	@$(SAY) "building with optimisation (cargo build --release)"
+	cargo build --release --locked --package vold-tests --bin soak
+	target/release/soak $(SOAK)
 
 bench: setup ## Compare with qemu-storage-daemon in one run; BENCH="--rounds 5 --only randread" passes options
 	@$(SAY) "building with optimisation (cargo build --release)"
