@@ -34,7 +34,9 @@
 //! all replicas, so it is never traded for what an older area knows. Copies differ only where a write was not followed by
 //! a flush (or a medium is bad), and then any of them is allowed; what an area vouches for is preferred, since it is not
 //! torn. The other copies are rewritten, the sums are computed anew, and the extent is Dirty with all its sums in memory:
-//! the cleaner does the rest. A cut meanwhile leads here again, to the same choice or to equal copies.
+//! the cleaner does the rest. What was rewritten is synced before anyone may read or write the extent: a cut meanwhile then
+//! leads here again, to the same choice or to equal copies. Otherwise the next cut could undo the rewriting while it tears a
+//! new write of the other copy, and the value that had lost, and that no reader has seen since, would be back.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -235,10 +237,14 @@ impl Core {
         let _held = extent.lock.lock(0..self.shape.blocks, Mode::Exclusive).await;
         let areas = Areas::new(self.read_areas(extent).await?);
         let mut sums = self.holes();
+        let mut rewritten = false;
         for start in (0..self.shape.blocks).step_by(CHUNK_BLOCKS as usize) {
             let end = self.shape.blocks.min(start + CHUNK_BLOCKS);
             let new = &mut sums[start as usize..end as usize];
-            self.reconcile_chunk(extent, &areas, start..end, new).await?;
+            rewritten |= self.reconcile_chunk(extent, &areas, start..end, new).await?;
+        }
+        if rewritten {
+            self.sync_all().await?;
         }
         extent.sequence.set(areas.newest_sequence());
         self.cache.put(extent, sums);
@@ -268,13 +274,14 @@ impl Core {
         refused.map_or(Ok(()), Err)
     }
 
+    /// Whether a copy was rewritten.
     async fn reconcile_chunk(
         &self,
         extent: &Extent,
         areas: &Areas,
         blocks: Range<u32>,
         sums: &mut [u32],
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let places = extent.places.get();
         let mut copies = self.read_all(places, blocks.start, blocks.len() as u32).await?;
         let mut stale = vec![[false; REPLICAS_MAX]; blocks.len()];
@@ -306,15 +313,17 @@ impl Core {
         let winners: Buf = copies.swap_remove(0);
         drop(copies);
         let sealed = SealedBuf::from_ciphertext(winners);
+        let mut rewritten = false;
         for (replica, io) in self.replicas.iter().enumerate() {
             for run in runs(stale.iter().map(|stale| stale[replica])) {
                 let bytes = run.start * BLOCK_SIZE..run.end * BLOCK_SIZE;
                 let block = blocks.start + run.start as u32;
                 let written = io.write(places[replica], block, &sealed, bytes).await;
                 written.map_err(|error| self.fail(replica, &error))?;
+                rewritten = true;
             }
         }
-        Ok(())
+        Ok(rewritten)
     }
 }
 
