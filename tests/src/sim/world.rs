@@ -263,6 +263,9 @@ impl World {
         let reports = rest::inspect(&self.media);
         self.damages.prune(&self.media);
         rest::check(&self.media, &reports, &self.catalog.records(), &self.damages);
+        if last || !(self.faults.device_errors || self.faults.vanishing) {
+            rest::check_keys(&self.media, &self.catalog.records());
+        }
         if last {
             rest::check_end(&reports, &self.catalog.records());
         }
