@@ -7,6 +7,8 @@
 //! 3. those that no write has touched meanwhile: Cleaning → Clearing, and one commit per replica clears their marks;
 //! 4. → Clean.
 //!
+//! Once the volume has stopped, no mark is taken away: the write that failed may be on some replicas only.
+//!
 //! A write that comes before step 3 makes its extent Dirty again, and its mark stays; one that comes during step 3 waits
 //! and marks again. When marks are scarce (this volume has as many as it may, or the store nearly so) the extents that
 //! were written least recently are cleaned, idle or not.
@@ -43,7 +45,7 @@ impl Core {
             self.tick.set(ticks as u32);
             // Those who stopped waiting have left their wakers behind.
             self.changed.notify_all();
-            if self.stop.get() {
+            if self.stop.get() || self.check().is_err() {
                 break;
             }
             match self.clean_some().await {
@@ -147,6 +149,8 @@ impl Core {
         let written: Vec<Result<()>> = writes.buffer_unordered(AREAS_AT_A_TIME).collect().await;
         written.into_iter().collect::<Result<()>>()?;
         self.sync_all().await?;
+        // A write that failed meanwhile has left its extent as untouched as it was, and its replicas different.
+        self.check()?;
         let untouched: Vec<&Rc<Extent>> = batch
             .into_iter()
             .filter(|extent| extent.state.get() == State::Cleaning)

@@ -288,3 +288,31 @@ fn recovery_goes_on_in_the_background_without_requests() {
     .0
     .unwrap();
 }
+
+#[test]
+fn the_mark_of_a_failed_write_stays() {
+    simulate(2, async |stores| {
+        // The cleaner sleeps, and would take any extent when it wakes.
+        let tuning = Tuning {
+            idle_ticks: 0,
+            ..IDLE
+        };
+        let volume = stores.volume(EXTENT_BYTES, tuning).await;
+        write(&volume, 0, &pattern(1, BLOCK as usize)).await.unwrap();
+        stores.driver.set_fault(Some(Box::new(|slot, call| {
+            let fails = slot.0 == 1 && matches!(call, Call::Write { .. });
+            fails.then_some(5)
+        })));
+        let failed = write(&volume, 0, &pattern(2, BLOCK as usize)).await;
+        stores.driver.set_fault(None);
+        assert!(failed.is_err());
+        sleep(Duration::from_secs(1)).await;
+        for replica in 0..2 {
+            let extents = stores.extents(replica).await;
+            assert!(
+                extents[0].dirty,
+                "replica {replica}: one has the write, the other not"
+            );
+        }
+    });
+}
