@@ -87,13 +87,18 @@ pub enum Reached {
 /// Asks a store how far a volume's destruction is there.
 ///
 /// # Errors
-/// `Unavailable`, `Io`.
+/// `Unavailable`, also when the store is faulty and does not know the volume; `Io`.
 pub async fn reached(store: &StoreHandle, volume: VolumeId) -> Result<Reached> {
     match store.volume(volume).await {
         Ok(VolumeState::Live(..)) => Ok(Reached::Nothing),
         // Both slot copies are bad: there is something to overwrite all the same.
         Err(e) if e.kind() == Kind::Damaged => Ok(Reached::Nothing),
         Err(e) => Err(e),
+        // Its slot or record may have become durable in the very commit that failed; the next opening tells.
+        Ok(VolumeState::Unknown) if store.fault().is_some() => Err(Error::unavailable(format!(
+            "store \"{}\" is faulty, and nobody can tell what it holds of volume {volume}; mend and reopen it",
+            store.info().name
+        ))),
         // Never was here (a creation that was interrupted before it reached this store): nothing to destroy.
         Ok(VolumeState::Unknown) => Ok(Reached::Gone { extents: 0 }),
         Ok(VolumeState::Tombstoned { extents_left }) => {

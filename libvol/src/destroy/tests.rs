@@ -213,6 +213,45 @@ fn a_volume_that_never_reached_a_store_is_destroyed_there_at_once() {
 }
 
 #[test]
+fn a_faulty_store_does_not_say_that_a_volume_never_was_there() {
+    let (media, ids) = with_volume(VolumeId::random());
+    let driver = SimDriver::new(6, media);
+    let runtime = Runtime::new(driver.clone());
+    let (file, disk) = (driver.file(0), driver.clone());
+    runtime.block_on(async move {
+        let handle = store::open(&file, Expect::default()).await.unwrap();
+        let volume = VolumeId::random();
+        let slot = VolumeSlot {
+            volume,
+            customer: CustomerId::random(),
+            customer_name: "acme".parse().unwrap(),
+            volume_name: "db".parse().unwrap(),
+            dataset: DatasetId::random(),
+            stores: ids,
+            keys: Vec::new(),
+        };
+        let record = VolumeRecord {
+            volume,
+            size_bytes: 1 << 30,
+            membership_epoch: Epoch(1),
+            members: vec![Member::InSync; 2],
+        };
+        assert_eq!(
+            reached(&handle, volume).await.unwrap(),
+            Reached::Gone { extents: 0 }
+        );
+        disk.set_fault(Some(Box::new(|_, call| {
+            (call == crate::disk::sim::Call::Sync).then_some(5)
+        })));
+        assert!(handle.add_volume(slot, record).await.is_err());
+        // Its slot, and even its record, may be durable all the same.
+        let error = reached(&handle, volume).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Unavailable);
+    });
+    drop(runtime);
+}
+
+#[test]
 fn a_power_cut_at_any_call_leaves_a_job_that_the_next_run_finishes() {
     let volume = VolumeId::random();
     let (media, ids) = with_volume(volume);
