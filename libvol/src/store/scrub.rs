@@ -24,7 +24,7 @@ const EXTENTS_AT_A_TIME: usize = 2;
 impl Keeper {
     /// Scrubs until the store is closing or faulty.
     pub(super) async fn scrub_loop(self: Rc<Self>) {
-        let zeros = Rc::new(Buf::zeroed(SPAN_BYTES));
+        let zeros = Rc::new(Buf::zeroed(self.scrub_span()));
         let mut cursor = 0;
         loop {
             let first = self
@@ -87,9 +87,15 @@ impl Keeper {
         write_zeros(&self.disk, zeros, layout.sums_at(extent), layout.sum_area_bytes()).await
     }
 
+    /// Bytes of one transfer: no extent needs more than its own size.
+    fn scrub_span(&self) -> usize {
+        SPAN_BYTES.min(self.layout.extent_bytes as usize)
+    }
+
     async fn read_back(&self, extent: PhysicalExtent) -> Result<()> {
         let layout = &self.layout;
-        let mut buf = Buf::zeroed(SPAN_BYTES);
+        let span = self.scrub_span();
+        let mut buf = Buf::zeroed(span);
         let spans = [
             (layout.data_at(extent), layout.extent_bytes),
             (layout.sums_at(extent), layout.sum_area_bytes()),
@@ -97,7 +103,7 @@ impl Keeper {
         for (at, len) in spans {
             let mut done = 0;
             while done < len {
-                let n = (SPAN_BYTES as u64).min(len - done) as usize;
+                let n = (span as u64).min(len - done) as usize;
                 // What was in the buffer must not be taken for what the device returned.
                 buf[..n].fill(0xff);
                 let (result, back) = self.disk.read(at + done, buf, 0..n).await;

@@ -14,7 +14,7 @@
 //! may still land ([`Seat::watch`]).
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::rc::Rc;
@@ -57,7 +57,7 @@ pub(super) struct Seat {
     /// What it lacks, while it is not in sync.
     pub(super) missed: RefCell<Missed>,
     /// Joining: where the extents are that it has not caught up with.
-    pub(super) places: RefCell<HashMap<u32, PhysicalExtent>>,
+    pub(super) places: RefCell<BTreeMap<u32, PhysicalExtent>>,
     pub(super) reads_in_flight: Cell<u32>,
     /// Bytes written to it to catch up, since it began to join.
     pub(super) copied_bytes: Cell<u64>,

@@ -13,7 +13,7 @@
 //! A replica that fails on the way is Stale as before. What it had caught up with stays so, until it is written again.
 //! A cut leaves it stale, too: nothing it holds is believed before step 4 is durable.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
@@ -106,7 +106,7 @@ impl Core {
     /// Step 2, at one point in time.
     fn take_stock(&self, replica: usize, entries: &[ExtentEntry]) {
         let seat = &self.seats[replica];
-        let mut here: HashMap<u32, &ExtentEntry> =
+        let mut here: BTreeMap<u32, &ExtentEntry> =
             entries.iter().map(|entry| (entry.logical.0, entry)).collect();
         let mut missed = seat.missed.borrow_mut();
         let mut places = seat.places.borrow_mut();
