@@ -184,7 +184,7 @@ impl Core {
     }
 
     /// Stores that do not know the present membership (a cut came between the register and them) hear of it before
-    /// anything is served.
+    /// anything is served, or are dropped.
     async fn seal_membership(&self) -> Result<()> {
         let id = self.id;
         let results = self
@@ -204,10 +204,8 @@ impl Core {
         if results.iter().all(|(_, state)| state.as_ref().is_ok_and(agree)) {
             return Ok(());
         }
-        match self.write_members(&members).await.into_iter().next() {
-            None => Ok(()),
-            Some((_, error)) => Err(error.context(format!("volume {}", self.label))),
-        }
+        let told = self.write_members(&members).await;
+        self.settle(told).await.map(drop)
     }
 
     fn adopt(&self, index: ExtentIndex, found: &Found, state: State) {

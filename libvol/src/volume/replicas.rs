@@ -522,14 +522,15 @@ impl Core {
                 return;
             }
             self.epoch.set(next.epoch);
-            let failed = self.write_members(&next).await;
+            let told = self.write_members(&next).await;
             for replica in dropping.iter() {
                 let seat = &self.seats[replica];
                 seat.role.set(Role::Stale);
                 self.dropping.set(self.dropping.get() - 1);
                 tracing::warn!(volume = %self.label, store = %seat.name.borrow(), epoch = %next.epoch, "replica is stale");
             }
-            for (replica, error) in failed {
+            for (replica, told) in told.into_iter() {
+                let Err(error) = told else { continue };
                 if self.seats[replica].role.get() != Role::InSync {
                     continue;
                 }
@@ -546,24 +547,19 @@ impl Core {
         }
     }
 
-    /// Writes the membership to the stores in sync; returns those that failed.
-    pub(super) async fn write_members(&self, membership: &Membership) -> Vec<(usize, Error)> {
+    /// Writes the membership to the stores in sync.
+    pub(super) async fn write_members(&self, membership: &Membership) -> Each<Result<()>> {
         let members: Vec<Member> = membership.members.iter().map(|standing| standing.state).collect();
         let change = Change::SetMembers {
             volume: self.id,
             epoch: membership.epoch,
             members,
         };
-        let results = self
-            .on(self.in_sync(), |_, io| {
-                let change = change.clone();
-                async move { io.handle().commit(vec![change]).await }
-            })
-            .await;
-        results
-            .into_iter()
-            .filter_map(|(replica, result)| Some((replica, result.err()?)))
-            .collect()
+        self.on(self.in_sync(), |_, io| {
+            let change = change.clone();
+            async move { io.handle().commit(vec![change]).await }
+        })
+        .await
     }
 
     /// What is written to these blocks is missed by replicas that are out. The caller holds them exclusively.

@@ -263,7 +263,7 @@ pub fn check_end(reports: &[CheckReport], records: &Records) {
         let all = replicas(entry, reports);
         assert_eq!(
             all.len(),
-            entry.replicas.len(),
+            entry.in_sync().len(),
             "volume {}: replicas",
             entry.number
         );

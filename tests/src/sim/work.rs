@@ -24,6 +24,9 @@ const RESYNC_MAX: Duration = Duration::from_secs(30);
 /// Sectors of an extent.
 const EXTENT_SECTORS: u64 = EXTENT_BLOCKS * BLOCK_SECTORS as u64;
 
+/// Of so few free extents an empty store that two volumes compete for may be left.
+const FEW: u32 = 2;
+
 /// What happens to a volume while its workers work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Turn {
@@ -94,11 +97,25 @@ pub(super) async fn sessions(running: Rc<Running>, number: u32, mut volume: Rc<V
     };
     let whole = running.until_whole(number, &volume, limit).await;
     assert!(
-        whole || !running.life.round.is_last,
+        whole || !running.life.round.is_last || lacks_room(&running, number),
         "volume {number}: a replica stays out of sync: {:?}",
         volume.replicas()
     );
     close(&running, number, &volume).await;
+}
+
+/// Whether a store is too full for a replica that is out.
+fn lacks_room(running: &Running, number: u32) -> bool {
+    let Some(entry) = running.life.catalog.entry(number) else {
+        return false;
+    };
+    let in_sync = entry.in_sync();
+    let mut out = entry.replicas.iter().filter(|disk| !in_sync.contains(*disk));
+    out.any(|disk| {
+        running
+            .well(*disk)
+            .is_some_and(|open| open.handle.space().free < FEW)
+    })
 }
 
 fn any_turn(running: &Running, rng: &mut Rng) -> Turn {

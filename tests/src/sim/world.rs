@@ -218,7 +218,10 @@ impl World {
                 true => BTreeSet::new(),
                 false => self.damages.off_limits(),
             },
-            damaged_disks: self.damages.disks(),
+            damaged_disks: match round.trouble {
+                Trouble::Silent => BTreeSet::from([self.bad]),
+                _ => self.damages.disks(),
+            },
         };
         let runtime = Runtime::new(driver.clone());
         let (cut, bad, may_hang) = (driver.clone(), self.bad, round.trouble == Trouble::Vanishing);
