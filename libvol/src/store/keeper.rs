@@ -24,6 +24,7 @@ use super::superblock::Superblock;
 use super::{Expect, Finding, Severity, StoreHandle, StoreInfo, slots};
 use crate::disk::{Disk, DiskFile, classify};
 use crate::error::{Error, Result};
+use crate::limits::STORE_OPENING_MAX;
 use crate::runtime::sync::{Notify, Semaphore};
 use crate::runtime::{spawn, timeout};
 
@@ -66,8 +67,20 @@ pub(super) struct Keeper {
 ///
 /// # Errors
 /// `Invalid` (not a vold store; truncated), `Unsupported` (unknown format version), `Refused` (another installation's,
-/// or not the expected store), `Damaged`, `Io`. Each says who, what, why, and the next step.
+/// or not the expected store), `Damaged`, `Io`; `Unavailable` when the device does not answer. Each says who, what, why, and
+/// the next step.
 pub async fn open(file: &DiskFile, expect: Expect) -> Result<StoreHandle> {
+    let opened = timeout(STORE_OPENING_MAX, open_patiently(file, expect)).await;
+    opened.unwrap_or_else(|| {
+        Err(Error::unavailable(format!(
+            "{}: its device has not answered within {} seconds; look at the device",
+            file.path().display(),
+            STORE_OPENING_MAX.as_secs()
+        )))
+    })
+}
+
+async fn open_patiently(file: &DiskFile, expect: Expect) -> Result<StoreHandle> {
     let disk = Disk::attach(file)?;
     let loaded = load(&disk, file, expect).await?;
     let (keeper, findings, requests) = Keeper::new(disk, file, loaded);

@@ -10,6 +10,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use libvol::error::Error;
+use libvol::limits::STORE_CLOSING_MAX;
 use libvol::runtime::{sleep, timeout};
 use libvol::store::{self, Expect, Severity, StoreHandle, StoreIo};
 
@@ -18,8 +19,6 @@ use super::life::Running;
 
 /// Between two looks at stores and replicas.
 pub const LOOK: Duration = Duration::from_millis(2);
-/// How long the end of a store's keeper is waited for.
-const CLOSING_MAX: Duration = Duration::from_secs(3);
 
 /// A store in use.
 #[derive(Clone)]
@@ -159,7 +158,7 @@ impl Running {
     pub(super) async fn close_store(&self, disk: usize, open: Open) -> bool {
         let Open { handle, io } = open;
         drop(io);
-        match timeout(CLOSING_MAX, handle.close()).await {
+        match timeout(STORE_CLOSING_MAX, handle.close()).await {
             Some(Ok(())) => true,
             Some(Err(error)) => {
                 self.tolerate_on(disk, &error);

@@ -354,7 +354,7 @@ impl World {
         let reports = rest::inspect(&self.media);
         self.damages.prune(&self.media);
         rest::check(&self.media, &reports, &self.catalog.records(), &self.damages);
-        rest::check_keys(&self.media, &self.catalog.records());
+        rest::check_keys(&self.media, &self.catalog.records(), last);
         if last {
             rest::check_end(&reports, &self.catalog.records());
         }

@@ -101,6 +101,8 @@ struct DiskState {
     gone: u32,
     /// Calls that hang, since it last went away.
     hung: u32,
+    /// It stops answering after so many calls.
+    hang_after: Option<u64>,
 }
 
 /// Bits of a file's slot that say which disk; the others count how often that had gone away when the file was made.
@@ -233,6 +235,11 @@ impl SimDriver {
         state.plans[slot].faults = Some(Faults::new(plan, seed));
     }
 
+    /// After so many more calls of the disk, none ends any more.
+    pub fn hang_after(&self, slot: usize, calls: u64) {
+        self.state.borrow_mut().plans[slot].hang_after = Some(calls);
+    }
+
     /// Asks `hook` before any silent damage is done. Without one, none is.
     pub fn allow_silent(&self, hook: Option<AllowHook>) {
         self.state.borrow_mut().allow = hook;
@@ -314,6 +321,12 @@ impl State {
     /// Whether this call never ends.
     fn hangs(&mut self, disk: usize) -> bool {
         let state = &mut self.plans[disk];
+        if let Some(left) = &mut state.hang_after {
+            let hangs = *left == 0;
+            *left = left.saturating_sub(1);
+            state.hung += u32::from(hangs);
+            return hangs;
+        }
         let Some(faults) = &mut state.faults else {
             return false;
         };
