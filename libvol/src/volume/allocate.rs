@@ -128,7 +128,8 @@ impl Core {
         let scarce = self.marks_wanted.get() > 0
             || marks_after > self.tuning.dirty_extents_max / 2
             || self.in_sync().iter().any(|replica| {
-                self.seats[replica].io().handle().space().free < FREE_EXTENTS_FOR_AHEAD + count
+                let space = self.seats[replica].handle().map(|handle| handle.space());
+                space.is_none_or(|space| space.free < FREE_EXTENTS_FOR_AHEAD + count)
             });
         if count == 0 || scarce {
             return Vec::new();
@@ -295,8 +296,8 @@ impl Core {
             None => self.settle_or_stop(results).await,
             Some(error) => {
                 for (replica, result) in results.into_iter() {
-                    if let Ok(extents) = result {
-                        self.seats[replica].io().handle().unreserve(extents);
+                    if let (Ok(extents), Some(handle)) = (result, self.seats[replica].handle()) {
+                        handle.unreserve(extents);
                     }
                 }
                 Err(error)
@@ -351,8 +352,9 @@ impl Core {
         let asked = results.places();
         let refused = self.take_refused(&mut results);
         for replica in asked.minus(results.places()).iter() {
-            let extents = reserved.get(replica).to_vec();
-            self.seats[replica].io().handle().unreserve(extents);
+            if let Some(handle) = self.seats[replica].handle() {
+                handle.unreserve(reserved.get(replica).to_vec());
+            }
         }
         let Some(why) = refused else {
             return Ok(self.settle_or_stop(results).await?.places());

@@ -68,7 +68,8 @@ impl Core {
             || self
                 .in_sync()
                 .iter()
-                .any(|replica| store_is_crowded(self.seats[replica].io().handle().space().dirty));
+                .filter_map(|replica| self.seats[replica].handle())
+                .any(|handle| store_is_crowded(handle.space().dirty));
         let now = self.tick.get();
         let (mut idle, mut busy): (Vec<_>, Vec<_>) = self
             .cleanable()

@@ -386,7 +386,7 @@ impl Core {
         self.check()?;
         let reading = self.choose_replica();
         let seat = &self.seats[reading.replica];
-        let io = seat.io();
+        let io = seat.io()?;
         let place = places[reading.replica];
         seat.guard(async {
             let (result, buf) = io.read(place, block, self.pool.get(len), len).await;

@@ -106,10 +106,10 @@ impl Core {
         }
         let place = extent.places.get()[replica];
         let number = self.shape.block_index(extent.index, block);
-        let io = seat.io();
         let sealed = SealedBuf::from_ciphertext(Buf::copy_of(good));
         let rewritten = seat
             .guard(async {
+                let io = seat.io()?;
                 io.write(place, block, &sealed, 0..BLOCK_SIZE).await?;
                 let (result, back) = io.read(place, block, self.pool.get(BLOCK_SIZE), BLOCK_SIZE).await;
                 result.map(|()| back)
@@ -180,9 +180,9 @@ impl Core {
             unreadable: vec![true; blocks.len()],
         };
         if blocks.len() > 1 {
-            let io = seat.io();
             for (at, block) in blocks.enumerate() {
                 let read = seat.guard(async {
+                    let io = seat.io()?;
                     let (result, buf) = io.read(place, block, self.pool.get(BLOCK_SIZE), BLOCK_SIZE).await;
                     result.map(|()| buf)
                 });

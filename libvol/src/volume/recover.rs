@@ -410,10 +410,9 @@ impl Core {
                 let bytes = run.start * BLOCK_SIZE..run.end * BLOCK_SIZE;
                 let block = blocks.start + run.start as u32;
                 let seat = &self.seats[replica];
-                let io = seat.io();
                 let place = extent.places.get()[replica];
                 let written = seat
-                    .guard(async { io.write(place, block, &sealed, bytes).await })
+                    .guard(async { seat.io()?.write(place, block, &sealed, bytes).await })
                     .await;
                 if let Err(error) = written {
                     self.drop_replica(replica, error).await?;

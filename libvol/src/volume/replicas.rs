@@ -32,7 +32,7 @@ use crate::ids::{Epoch, PhysicalExtent, ReplicaSet, StoreId};
 use crate::limits::VOLUME_PLACES_MAX;
 use crate::runtime::spawn;
 use crate::runtime::sync::Notify;
-use crate::store::{Change, Member, StoreIo};
+use crate::store::{Change, Member, StoreHandle, StoreIo};
 
 /// See the module's table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +61,8 @@ pub(super) struct Seat {
     pub(super) reads_in_flight: Cell<u32>,
     /// Bytes written to it to catch up, since it began to join.
     pub(super) copied_bytes: Cell<u64>,
+    /// Counts how often it has begun to join: what an earlier time has left under way must not go on in a later one.
+    pub(super) join: Cell<u64>,
     /// Joining: since when, and the extents it has caught up with since.
     pub(super) joined: Cell<Option<(std::time::Duration, u64)>>,
     /// A request of it did not end in time; all others are given up with it.
@@ -91,6 +93,7 @@ impl Seat {
             places: RefCell::default(),
             reads_in_flight: Cell::new(0),
             copied_bytes: Cell::new(0),
+            join: Cell::new(0),
             joined: Cell::new(None),
             gave_up: Cell::new(false),
             requests: RefCell::default(),
@@ -99,13 +102,23 @@ impl Seat {
         }
     }
 
-    /// Its store's data path. Only asked of replicas that take requests.
+    /// Its store's data path.
+    ///
+    /// # Errors
+    /// `Unavailable` once it was let go, which can happen to a replica out of sync at any time.
     #[inline]
-    pub(super) fn io(&self) -> Rc<StoreIo> {
-        self.io
-            .borrow()
-            .clone()
-            .expect("a replica that takes requests has its store")
+    pub(super) fn io(&self) -> Result<Rc<StoreIo>> {
+        self.io.borrow().clone().ok_or_else(|| self.let_go())
+    }
+
+    #[cold]
+    fn let_go(&self) -> Error {
+        Error::unavailable(format!("store \"{}\": it was let go", self.name.borrow()))
+    }
+
+    /// Its store's handle, while it has one.
+    pub(super) fn handle(&self) -> Option<StoreHandle> {
+        self.io.borrow().as_ref().map(|io| io.handle().clone())
     }
 
     pub(super) fn set_io(&self, io: Option<Rc<StoreIo>>) {
@@ -333,7 +346,8 @@ impl Core {
         }
         let ask = |nth: usize| {
             let seat = &self.seats[places[nth]];
-            seat.guard(each(places[nth], seat.io()))
+            let work = seat.io().map(|io| each(places[nth], io));
+            seat.guard(async move { work?.await })
         };
         let mut results = Each::none();
         match count {
