@@ -15,6 +15,7 @@ use crate::buf::Buf;
 use crate::error::{Error, Result};
 use crate::ids::PhysicalExtent;
 use crate::runtime::yield_now;
+use crate::sabotage::{Rule, broken};
 
 /// Extents between two syncs.
 const EXTENTS_PER_ROUND: usize = 8;
@@ -66,9 +67,13 @@ impl Keeper {
     }
 
     async fn scrub(&self, zeros: &Rc<Buf>, round: &[PhysicalExtent]) -> Result<()> {
-        each(round, |extent| self.overwrite(zeros, extent)).await?;
-        self.shared.sync(&self.disk, "scrub").await?;
-        each(round, |extent| self.read_back(extent)).await?;
+        if !broken(Rule::ScrubOverwrites) {
+            each(round, |extent| self.overwrite(zeros, extent)).await?;
+            if !broken(Rule::ScrubSyncs) {
+                self.shared.sync(&self.disk, "scrub").await?;
+            }
+            each(round, |extent| self.read_back(extent)).await?;
+        }
         self.commit(round.iter().map(|extent| Step::Free(*extent)).collect())
             .await?;
         self.freed.set(self.freed.get() + round.len() as u64);
@@ -84,6 +89,9 @@ impl Keeper {
     async fn overwrite(&self, zeros: &Rc<Buf>, extent: PhysicalExtent) -> Result<()> {
         let layout = &self.layout;
         write_zeros(&self.disk, zeros, layout.data_at(extent), layout.extent_bytes).await?;
+        if broken(Rule::ScrubSums) {
+            return Ok(());
+        }
         write_zeros(&self.disk, zeros, layout.sums_at(extent), layout.sum_area_bytes()).await
     }
 
@@ -101,6 +109,9 @@ impl Keeper {
             (layout.sums_at(extent), layout.sum_area_bytes()),
         ];
         for (at, len) in spans {
+            if broken(Rule::ScrubSums) && at == spans[1].0 {
+                break;
+            }
             let mut done = 0;
             while done < len {
                 let n = (span as u64).min(len - done) as usize;

@@ -19,6 +19,7 @@ use crate::error::{Error, Kind, Result};
 use crate::ids::{ExtentIndex, PhysicalExtent, ReplicaSet};
 use crate::limits::{VOLUME_EXTENTS_AHEAD, VOLUME_EXTENTS_PER_COMMIT};
 use crate::runtime::{now, sleep, spawn};
+use crate::sabotage::{Rule, broken};
 use crate::store::{Change, StoreIo};
 
 /// Free extents below which nothing is allocated ahead.
@@ -331,6 +332,11 @@ impl Core {
         let deadline = now() + self.tuning.mark_patience;
         let mut wanted = None;
         loop {
+            if broken(Rule::DurableFirst) {
+                let (handle, changes) = (io.handle().clone(), changes.to_vec());
+                spawn(async move { handle.commit(changes).await }).detach();
+                return Ok(());
+            }
             match io.handle().commit(changes.to_vec()).await {
                 Err(error) if error.kind() == Kind::NoSpace && self.check().is_ok() && now() < deadline => {
                     wanted.get_or_insert_with(|| MarkWanted::new(self));
@@ -439,7 +445,11 @@ impl Plan<'_> {
             },
             _ => Change::Mark(extent.places.get()[replica]),
         };
-        self.of(replica).map(change).collect()
+        let unmarked = |extent: &&Rc<Extent>| broken(Rule::Mark) && extent.state.get() == State::Marking;
+        self.of(replica)
+            .filter(|extent| !unmarked(extent))
+            .map(change)
+            .collect()
     }
 }
 

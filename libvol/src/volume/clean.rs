@@ -24,6 +24,7 @@ use crate::error::Result;
 use crate::ids::ReplicaSet;
 use crate::limits::{DIRTY_MARKS_PER_STORE, VOLUME_EXTENTS_PER_COMMIT};
 use crate::runtime::{now, sleep, timeout};
+use crate::sabotage::{Rule, broken};
 use crate::store::{Change, SumArea};
 
 /// Area writes in flight on each replica.
@@ -149,10 +150,15 @@ impl Core {
         });
         let written: Vec<Result<()>> = writes.buffer_unordered(AREAS_AT_A_TIME).collect().await;
         written.into_iter().collect::<Result<()>>()?;
-        self.sync_all().await?;
+        if !broken(Rule::SyncBeforeClear) {
+            self.sync_all().await?;
+        }
         let untouched: Vec<&Rc<Extent>> = batch
             .into_iter()
-            .filter(|extent| extent.state.get() == State::Cleaning)
+            .filter(|extent| {
+                let touched = broken(Rule::ClearUntouched) && extent.state.get() == State::Dirty;
+                extent.state.get() == State::Cleaning || touched
+            })
             .collect();
         if untouched.is_empty() {
             return Ok(());
@@ -186,7 +192,7 @@ impl Core {
 
     async fn write_area(&self, extent: &Rc<Extent>) -> Result<()> {
         // Released while its batch was under way: nothing to write any more.
-        if extent.state.get() != State::Cleaning {
+        if extent.state.get() != State::Cleaning || broken(Rule::AreaBeforeClear) {
             return Ok(());
         }
         let sequence = extent.sequence.get() + 1;

@@ -61,6 +61,7 @@ use crate::error::{Error, Kind, Result};
 use crate::ids::{BlockIndex, DatasetId, ExtentIndex, ReplicaSet};
 use crate::limits::{BLOCK_SIZE, VOLUME_EXTENTS_PER_COMMIT, VOLUME_PLACES_MAX};
 use crate::runtime::sleep;
+use crate::sabotage::{Rule, broken};
 use crate::store::{Change, ExtentEntry, Member, SumArea, SumAreaRead, VolumeState};
 
 /// A replica had no room for a mark: recovery of that extent waits so long.
@@ -83,6 +84,7 @@ fn fate(found: &[Option<ExtentEntry>]) -> Fate {
     let mut marks = found.iter().flatten().map(|entry| entry.dirty);
     match (on_all, marks.clone().any(|dirty| dirty), marks.all(|dirty| dirty)) {
         (true, false, _) => Fate::Clean,
+        (true, true, _) if broken(Rule::RecoverMarked) => Fate::Clean,
         (true, true, _) => Fate::Reconcile,
         (false, _, true) => Fate::Release,
         (false, _, false) => Fate::Contradiction,
@@ -114,7 +116,9 @@ impl Core {
                 )));
             }
             for (replica, seat) in self.seats.iter().enumerate() {
-                let lacks = |entry: &ExtentEntry| entry.dirty || entry.missed_by.contains(replica);
+                let lacks = |entry: &ExtentEntry| {
+                    (entry.dirty || entry.missed_by.contains(replica)) && !broken(Rule::MissedBits)
+                };
                 if !matches!(seat.role.get(), Role::InSync | Role::Vacant) && entries().any(|e| lacks(&e)) {
                     seat.missed.borrow_mut().all_of(index.0);
                 }
@@ -330,7 +334,7 @@ impl Core {
             let new = &mut sums[start as usize..end as usize];
             rewritten |= self.reconcile_chunk(extent, &areas, start..end, new).await?;
         }
-        if rewritten {
+        if rewritten && !broken(Rule::RecoverSyncs) {
             self.sync_all().await?;
         }
         extent.sequence.set(areas.newest_sequence());
@@ -392,7 +396,7 @@ impl Core {
             let winner = all[chosen.copy];
             winners[to].copy_from_slice(winner);
             for copy in &copies {
-                if copy.block(at) != Some(winner) {
+                if copy.block(at) != Some(winner) && !broken(Rule::RecoverRewrites) {
                     stale[at] = stale[at].with(copy.replica);
                 }
             }

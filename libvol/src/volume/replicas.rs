@@ -32,6 +32,7 @@ use crate::ids::{Epoch, PhysicalExtent, ReplicaSet, StoreId};
 use crate::limits::VOLUME_PLACES_MAX;
 use crate::runtime::spawn;
 use crate::runtime::sync::Notify;
+use crate::sabotage::{Rule, broken};
 use crate::store::{Change, Member, StoreHandle, StoreIo};
 
 /// See the module's table.
@@ -169,7 +170,9 @@ impl Seat {
         if self.gave_up.get() || !self.requests.borrow().iter().any(|(_, request)| hung(request)) {
             return;
         }
-        if let Some(io) = &*self.io.borrow() {
+        if let Some(io) = &*self.io.borrow()
+            && !broken(Rule::HungStoreIsOut)
+        {
             io.handle()
                 .latch_fault("a request did not end in time; it may still land");
         }
@@ -412,7 +415,7 @@ impl Core {
             }
             first = first.or(Some(error));
         }
-        if completed.and(self.in_sync()).is_empty() {
+        if completed.and(self.in_sync()).is_empty() && !broken(Rule::KeepTheLast) {
             let error = first.map_or_else(
                 || "the replica that completed it was dropped".into(),
                 |e| e.to_string(),
@@ -424,6 +427,9 @@ impl Core {
         }
         for (replica, reason) in leaving {
             self.begin_drop(replica, reason);
+        }
+        if broken(Rule::StaleBeforeAnswer) {
+            return Ok(());
         }
         self.wait_for(|| (self.dropping.get() == 0).then_some(())).await
     }
@@ -461,6 +467,9 @@ impl Core {
 
     /// What is marked now may differ on a replica that goes: it is compared when it comes back.
     fn miss_all_marked(&self, seat: &Seat) {
+        if broken(Rule::MissMarked) {
+            return;
+        }
         let mut missed = seat.missed.borrow_mut();
         for extent in &*self.dirty.borrow() {
             missed.all_of(extent.index.0);
@@ -569,6 +578,9 @@ impl Core {
             epoch: membership.epoch,
             members,
         };
+        if broken(Rule::TellTheStores) {
+            return Each::none();
+        }
         self.on(self.in_sync(), |_, io| {
             let change = change.clone();
             async move { io.handle().commit(vec![change]).await }

@@ -32,6 +32,7 @@ use crate::error::{Error, Result};
 use crate::ids::{ExtentIndex, PhysicalExtent, ReplicaSet};
 use crate::limits::{BLOCK_SIZE, VOLUME_EXTENTS_PER_COMMIT, VOLUME_RESYNC_EXTENTS};
 use crate::runtime::{now, sleep, spawn};
+use crate::sabotage::{Rule, broken};
 use crate::store::{Change, ExtentEntry, StoreIo};
 
 impl Core {
@@ -168,9 +169,13 @@ impl Core {
             }
             self.release_surplus(replica).await?;
             // Who was allocated without this replica, since something else was still in its place, shows as missed by then.
-            self.marking.all_so_far().await;
+            if !broken(Rule::ResyncWaits) {
+                self.marking.all_so_far().await;
+            }
             let io = seat.io()?;
-            seat.guard(async move { io.flush().await }).await?;
+            if !broken(Rule::ResyncSyncs) {
+                seat.guard(async move { io.flush().await }).await?;
+            }
             if !joins() || !seat.missed.borrow().is_empty() || !seat.places.borrow().is_empty() {
                 continue;
             }
@@ -274,6 +279,9 @@ impl Core {
     }
 
     async fn mark_on(&self, replica: usize, place: PhysicalExtent) -> Result<PhysicalExtent> {
+        if broken(Rule::ResyncMarks) {
+            return Ok(place);
+        }
         let seat = &self.seats[replica];
         let io = seat.io()?;
         seat.guard(async { self.commit_patiently(&io, &[Change::Mark(place)]).await })

@@ -1,5 +1,6 @@
 //! Crash simulation for as long as one likes: `soak [--from N] [--seeds N] [--crash-points N] [--threads N]`, or one seed
-//! with its trace: `soak --seed N`. See docs/RELIABILITY.md. Ends with status 1 at the first broken promise.
+//! with its trace: `soak --seed N`. See docs/RELIABILITY.md. Ends with status 1 at the first broken promise. Built with the
+//! feature `sabotage`, `soak --sabotage` breaks rules on purpose and prints after how many seeds that was noticed.
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -11,7 +12,7 @@ use vold_tests::sim::{Failure, Faults, Size, run, shrink};
 const USAGE: &str =
     "usage: soak [--from SEED] [--seeds N] [--crash-points N] [--threads N] | soak --seed SEED
 sizes: [--volumes N] [--workers N] [--requests N] [--rounds N]
-faults: [--device-errors] [--vanishing] [--lost-writes] [--writes-beside-damage]";
+faults: [--no-device-errors] [--no-vanishing] [--no-lost-writes] [--writes-beside-damage]";
 
 /// Between two lines.
 const REPORT_EVERY: Duration = Duration::from_secs(10);
@@ -22,6 +23,8 @@ struct Options {
     crash_points: u64,
     threads: u64,
     one: Option<u64>,
+    #[cfg(feature = "sabotage")]
+    sabotage: bool,
     size: Size,
     faults: Faults,
 }
@@ -33,16 +36,20 @@ fn options() -> Result<Options, String> {
         crash_points: u64::MAX,
         threads: std::thread::available_parallelism().map_or(2, |n| n.get() as u64),
         one: None,
+        #[cfg(feature = "sabotage")]
+        sabotage: false,
         size: Size::default(),
         faults: Faults::default(),
     };
     let mut arguments = std::env::args().skip(1);
     while let Some(name) = arguments.next() {
         match name.as_str() {
-            "--device-errors" => options.faults.device_errors = true,
-            "--vanishing" => options.faults.vanishing = true,
-            "--lost-writes" => options.faults.lost_writes = true,
+            "--no-device-errors" => options.faults.device_errors = false,
+            "--no-vanishing" => options.faults.vanishing = false,
+            "--no-lost-writes" => options.faults.lost_writes = false,
             "--writes-beside-damage" => options.faults.writes_beside_damage = true,
+            #[cfg(feature = "sabotage")]
+            "--sabotage" => options.sabotage = true,
             _ => {
                 let value = arguments.next().and_then(|value| value.parse::<u64>().ok());
                 let value = value.ok_or_else(|| format!("{name}: needs a number"))?;
@@ -84,6 +91,10 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    #[cfg(feature = "sabotage")]
+    if options.sabotage {
+        return sabotage(&options);
+    }
     match options.one {
         Some(seed) => one(seed, &options),
         None => soak(&options),
@@ -100,6 +111,35 @@ fn one(seed: u64, options: &Options) -> ExitCode {
             println!("{failure}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Breaks every rule in turn, on all threads, and prints how many seeds it took to notice.
+#[cfg(feature = "sabotage")]
+fn sabotage(options: &Options) -> ExitCode {
+    use libvol::sabotage::Rule;
+    use vold_tests::sim::sabotage::{SEEDS_MAX, noticed, table};
+
+    let next = AtomicU64::new(0);
+    let rows = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..options.threads {
+            scope.spawn(|| {
+                while let Some(rule) = Rule::ALL.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
+                    let failing = noticed(*rule, options.seeds.min(SEEDS_MAX));
+                    println!("{rule:?}: {failing:?}");
+                    let mut rows = rows.lock().unwrap_or_else(PoisonError::into_inner);
+                    rows.push((*rule, failing));
+                }
+            });
+        }
+    });
+    let mut rows = rows.into_inner().unwrap_or_else(PoisonError::into_inner);
+    rows.sort_by_key(|(rule, _)| Rule::ALL.iter().position(|other| other == rule));
+    print!("{}", table(&rows));
+    match rows.iter().all(|(_, failing)| failing.is_some()) {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
     }
 }
 

@@ -195,7 +195,7 @@ impl Running {
     /// What is asked of a store, given up when its disk hangs.
     ///
     /// # Errors
-    /// The store's.
+    /// The store's; `Busy` when it hangs.
     pub(super) async fn patiently<T>(
         &self,
         disk: usize,
@@ -208,7 +208,7 @@ impl Running {
                     self.life.driver.hangs(disk),
                     "disk {disk}: a request does not end"
                 );
-                Err(Error::unavailable("it hangs"))
+                Err(Error::busy("it hangs"))
             }
         }
     }

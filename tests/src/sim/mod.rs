@@ -22,6 +22,8 @@ pub mod life;
 pub mod model;
 pub mod plan;
 pub mod rest;
+#[cfg(feature = "sabotage")]
+pub mod sabotage;
 pub mod shrink;
 pub mod stores;
 pub mod verify;

@@ -99,9 +99,9 @@ impl Default for Faults {
             bit_flips: true,
             writes_beside_damage: false,
             full_stores: true,
-            device_errors: false,
-            vanishing: false,
-            lost_writes: false,
+            device_errors: true,
+            vanishing: true,
+            lost_writes: true,
         }
     }
 }

@@ -61,6 +61,10 @@ impl Running {
         let mut entry = self.life.catalog.change(&mut rng, make).await;
         for disk in &entry.replicas {
             if let Err(error) = self.put_on(*disk, &entry, entry.record()).await {
+                if error.kind() == Kind::Busy {
+                    // Nobody knows what it will be; the next life rolls it back.
+                    return;
+                }
                 if error.kind() != Kind::NoSpace {
                     self.tolerate_on(*disk, &error);
                 }

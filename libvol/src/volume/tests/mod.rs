@@ -8,6 +8,7 @@ mod life;
 mod marks;
 mod membership;
 mod model;
+mod resync;
 
 use std::rc::Rc;
 use std::time::Duration;
