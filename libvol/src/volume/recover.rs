@@ -32,7 +32,7 @@
 //! | equal | none | as it is | yes |
 //! | differ | one of the copies | that copy | no |
 //! | differ | none | the first replica's copy | yes |
-//! | none can be read | – | lost, until it is written again | no |
+//! | none can be read | – | lost, until it is written again or the next opening can read it | no |
 //!
 //! A blank area (the extent was never cleaned) vouches for holes, as the oldest. Equal copies stay: a flushed write is on
 //! all replicas, so it is never traded for what an older area knows. Copies differ only where a write was not followed by
@@ -387,6 +387,7 @@ impl Core {
             if all.is_empty() {
                 self.lose(number);
                 sums[at] = UNKNOWN;
+                extent.unread.set(true);
                 continue;
             }
             let chosen = choose(self.dataset, number, &all, areas.entries(block));

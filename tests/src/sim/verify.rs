@@ -68,7 +68,7 @@ impl Running {
             return;
         }
         let mut difference = String::new();
-        for _ in 0..5 {
+        for _ in 0..100 {
             match self.difference(&entry, volume).await {
                 // It cannot be read; it is held to the others at rest, too.
                 None => return,

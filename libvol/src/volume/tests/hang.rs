@@ -1,7 +1,8 @@
-//! Devices that do not answer: a call that never ends costs its replica, and nothing else waits for it.
+//! Devices that do not answer, or not this time: a call that never ends costs its replica, and nothing else waits for it; what
+//! cannot be read today may be read tomorrow.
 
 use super::*;
-use crate::disk::sim::FaultPlan;
+use crate::disk::sim::{Call, FaultPlan};
 use crate::error::Kind;
 
 /// Longer than anything may take.
@@ -80,4 +81,44 @@ fn a_volume_opens_though_a_replica_hangs_or_fails_when_it_is_told_the_membership
             volume.close().await.unwrap();
         });
     }
+}
+
+#[test]
+fn what_recovery_cannot_read_is_there_when_a_later_opening_can() {
+    let bytes = pattern(3, 2 * BLOCK as usize);
+    let kept = bytes.clone();
+    let (_, driver) = with_stores(1, fresh(1, 80), async move |stores| {
+        let volume = stores.volume(EXTENT_BYTES, IDLE).await;
+        write(&volume, 0, &bytes).await.unwrap();
+        volume.flush().await.unwrap();
+        drop(volume);
+    });
+    simulate_on(driver.media(), async move |stores| {
+        // The extent is the first of the store.
+        let first = STORE_BYTES - 80 * EXTENT_BYTES;
+        stores.driver.set_fault(Some(Box::new(move |_, call| {
+            let hit = matches!(call, Call::Read { at, len } if at <= first && first < at + len as u64);
+            hit.then_some(5)
+        })));
+        let volume = stores.volume(EXTENT_BYTES, EAGER).await;
+        assert_eq!(
+            read(&volume, 0, BLOCK as usize).await.unwrap_err().kind(),
+            Kind::Io
+        );
+        assert!(read(&volume, BLOCK, BLOCK as usize).await.unwrap() == kept[BLOCK as usize..]);
+        stores.driver.set_fault(None);
+        sleep(Duration::from_millis(100)).await;
+        volume.close().await.unwrap();
+        let volume = stores.volume(EXTENT_BYTES, EAGER).await;
+        assert!(read(&volume, 0, kept.len()).await.unwrap() == kept);
+        volume.close().await.unwrap();
+        assert_eq!(stores.handle(0).space().dirty, 0, "and then it is clean");
+    });
+}
+
+fn simulate_on<F>(media: Vec<Media>, work: F)
+where
+    F: AsyncFnOnce(Stores) + 'static,
+{
+    with_stores(2, media, work).0.unwrap();
 }
