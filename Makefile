@@ -7,7 +7,7 @@ SHELL := /bin/bash
 
 SAY := printf '\n== %s\n'
 
-.PHONY: help as-root setup build demo test test-full bench bench-recovery fmt clippy
+.PHONY: help as-root setup build demo test test-full soak bench bench-recovery fmt clippy
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,11 @@ test: as-root build ## Format, lints, unit, property and end-to-end tests, as ro
 
 test-full: as-root build ## The same tests, longer and larger, as root
 	@scripts/test.sh full
+
+soak: setup ## Crash simulation until stopped; SOAK="--from 1000 --crash-points 1000000" passes options
+	@$(SAY) "building with optimisation (cargo build --release)"
+	cargo build --release --locked --package vold-tests --bin soak
+	target/release/soak $(SOAK)
 
 bench: setup ## Compare with qemu-storage-daemon in one run; BENCH="--rounds 5 --only randread" passes options
 	@$(SAY) "building with optimisation (cargo build --release)"

@@ -36,6 +36,10 @@ else
     cargo test --workspace --locked --no-fail-fast --all-targets -- --test-threads "${VOLD_TEST_THREADS:-2}" "${libtest[@]}"
 fi
 
+# A build of its own: nothing else may contain the switches.
+part "broken rules are noticed by the simulated world (feature sabotage)"
+cargo test --package vold-tests --locked --features sabotage --test sabotage --quiet
+
 part "documentation examples (cargo test --doc)"
 cargo test --workspace --locked --doc --quiet
 

@@ -19,6 +19,12 @@ use clap::Parser;
 
 use args::{Args, Command};
 
+// Rules are broken on purpose in builds for one test, and in no daemon.
+const _: () = assert!(
+    !libvol::sabotage::BUILT_IN,
+    "vold must not be built with libvol's feature `sabotage`"
+);
+
 fn main() -> ExitCode {
     // Wrong usage ends here, with status 2 and the usage on stderr.
     let args = Args::parse();

@@ -6,6 +6,7 @@
 //! |---|---|
 //! | [`limits`], [`ids`], [`error`] | numbers, names, and the one error type |
 //! | [`control`] | API request and response types, shared with `volctl` (feature-free) |
+//! | [`sabotage`] | rules that a test breaks on purpose, in builds for that test |
 //! | [`buf`], [`secret`] | aligned I/O memory; locked, zeroing key memory |
 //! | [`crypto`] | XTS, seal/open, key wrap |
 //! | [`runtime`] | single-threaded executor and the `Driver` seam: everything that waits goes through it |
@@ -36,6 +37,8 @@ pub mod disk;
 pub mod keys;
 #[cfg(feature = "engine")]
 pub mod runtime;
+#[cfg(feature = "engine")]
+pub mod sabotage;
 #[cfg(feature = "engine")]
 pub mod secret;
 #[cfg(feature = "engine")]

@@ -34,6 +34,10 @@ pub const STORE_BYTES_MAX: u64 = 64 << 40;
 /// transfer, in one queue with everybody's late closes; there a deleted file whose blocks the disk discards slowly can hold
 /// them up for tens of seconds.
 pub const STORE_LOCK_WAIT: std::time::Duration = std::time::Duration::from_secs(30);
+/// Opening a store is given up after this: its table and log, read at 50 MB/s, are those of 60 TiB by then.
+pub const STORE_OPENING_MAX: std::time::Duration = std::time::Duration::from_secs(120);
+/// The end of a store is not waited for any longer; what is under way keeps its lock.
+pub const STORE_CLOSING_MAX: std::time::Duration = std::time::Duration::from_secs(30);
 /// Stores of one daemon.
 pub const STORES_MAX: usize = 256;
 

@@ -1,5 +1,5 @@
-//! What the end-to-end suites share: a real `vold` in a directory of its own, real clients, and an independent reader of
-//! raw stores.
+//! What the suites share: a real `vold` in a directory of its own, real clients, and an independent reader of raw stores;
+//! and the simulated world.
 //!
 //! | file | job |
 //! |---|---|
@@ -9,6 +9,7 @@
 //! | [`raw`] | reads a raw store by docs/FORMAT.md alone, with another XTS |
 //! | [`content`] | seeded bytes to write and to find again |
 //! | [`devices`] | loop devices, mounted file systems |
+//! | [`sim`] | the engine's real code over simulated disks: power cuts, damage, an oracle |
 //!
 //! Suites are in `tests/`, one property a file. Nothing here waits for a time: it waits for conditions, with a generous
 //! deadline. `VOLD_TEST_FULL=1` makes the same tests longer and larger.
@@ -17,6 +18,7 @@ pub mod content;
 pub mod devices;
 pub mod nbd;
 pub mod raw;
+pub mod sim;
 pub mod tools;
 pub mod vold;
 

@@ -272,12 +272,7 @@ fn fio_finds_every_write_that_came_back_before_kill_9(engine: Engine, replicas: 
         let mut fio = tool("fio")
             .current_dir(&directory)
             .args(["--name=crash", "--ioengine=nbd", "--rw=randwrite", "--iodepth=16"])
-            .args([
-                "--bssplit=4k/70:16k/20:64k/10",
-                "--fsync=32",
-                "--size=96M",
-                "--rate=60m",
-            ])
+            .args(["--bssplit=4k/70:16k/20:64k/10", "--fsync=32", "--size=96M"])
             .args(["--verify=crc32c", "--do_verify=0", "--verify_state_save=0"])
             .args([
                 "--write_lat_log=crash",

@@ -17,7 +17,8 @@ use libvol::catalog::{DestroyRecord, Leaving, StoreFault, StoreRecord, VolumeRec
 use libvol::control;
 use libvol::disk::{Disk, DiskFile, MediumClass, OpenMode};
 use libvol::ids::{Incarnation, Name, StoreId};
-use libvol::limits::{EXTENT_BYTES_DEFAULT, STORES_MAX};
+use libvol::limits::{EXTENT_BYTES_DEFAULT, STORE_CLOSING_MAX, STORES_MAX};
+use libvol::runtime;
 use libvol::store::{self, FormatOptions, Lineage, StoreHandle};
 use libvol::{Error, Result};
 
@@ -177,7 +178,10 @@ impl Operations {
         let closed = self
             .shards
             .of_store(id)
-            .call(move |_| async move { closing.close().await })
+            .call(move |_| async move {
+                let closed = runtime::timeout(STORE_CLOSING_MAX, closing.close()).await;
+                closed.unwrap_or_else(|| Err(Error::unavailable("its device does not answer")))
+            })
             .await;
         if let Err(e) = closed {
             tracing::error!(store = %handle.info().name, "closed with an error: {e}");

@@ -14,6 +14,7 @@ use super::log::{Frame, records_in, units_for};
 use crate::buf::Buf;
 use crate::error::{Error, Kind, Result};
 use crate::runtime::spawn;
+use crate::sabotage::{Rule, broken};
 
 /// Pages encoded at a time: 256 KiB.
 const PAGES_PER_STEP: usize = 64;
@@ -155,7 +156,10 @@ impl Keeper {
         let bytes = Rc::new(frame.encode(self.superblock.store));
         let written = async {
             self.disk.write(at, bytes.clone(), 0..bytes.len()).await?;
-            self.shared.sync(&self.disk, "redo log").await
+            match broken(Rule::CommitSyncs) {
+                true => Ok(()),
+                false => self.shared.sync(&self.disk, "redo log").await,
+            }
         };
         match written.await {
             Ok(()) => Ok(lsn),
@@ -242,7 +246,9 @@ impl Keeper {
             for pages in changed.chunks(PAGES_PER_STEP) {
                 self.write_copies(pages, good).await?;
             }
-            self.shared.sync(&self.disk, "checkpoint").await?;
+            if !broken(Rule::CheckpointSyncs) {
+                self.shared.sync(&self.disk, "checkpoint").await?;
+            }
         }
         Ok(lsn)
     }
@@ -253,6 +259,7 @@ impl Keeper {
         let copies: Vec<u8> = {
             let books = self.books.borrow();
             books.table().images(pages, &mut images);
+            let good = good || broken(Rule::AlternatePages);
             let copy = |page: &u32| books.table().good_copy(*page) ^ u8::from(!good);
             pages.iter().map(copy).collect()
         };

@@ -67,6 +67,21 @@ pub fn check_sizes(name: &Name, size_bytes: Option<u64>, extent_bytes: u64) -> R
     Ok(())
 }
 
+/// [`format`] for the simulator: the smallest metadata regions, and no limits but the format's own. One page holds all slots
+/// and tombstones, and the ring goes round after a few commits.
+///
+/// # Errors
+/// As [`format`].
+#[cfg(feature = "sim")]
+pub async fn format_simulated(disk: &Disk, options: &FormatOptions) -> Result<StoreId> {
+    let sizes = Sizes {
+        slots: 8,
+        tombstones: 55,
+        log_bytes: 16 * BLOCK,
+    };
+    format_with(disk, options, sizes).await
+}
+
 /// [`format`] with chosen sizes of the metadata regions and no limits but the format's own.
 pub(super) async fn format_with(disk: &Disk, options: &FormatOptions, sizes: Sizes) -> Result<StoreId> {
     let size_bytes = options.size_bytes / BLOCK * BLOCK;

@@ -19,6 +19,7 @@ use crate::ids::{DatasetId, ExtentIndex, PhysicalExtent};
 use crate::limits::{BLOCK, BLOCK_SIZE};
 use crate::runtime::spawn;
 use crate::runtime::sync::Notify;
+use crate::sabotage::{Rule, broken};
 
 /// Idle memory kept for checksum areas.
 const SUM_BUFFER_BYTES: usize = 1 << 20;
@@ -159,7 +160,8 @@ impl StoreIo {
     pub async fn flush(&self) -> Result<()> {
         let Inner { handle, syncs, .. } = &*self.inner;
         handle.shared.check_fault()?;
-        let ticket = syncs.started.get() + 1;
+        let joins = syncs.running.get() && broken(Rule::JoinNoRunningSync);
+        let ticket = syncs.started.get() + u64::from(!joins);
         syncs.wanted.set(ticket);
         if !syncs.running.replace(true) {
             spawn(self.inner.clone().sync_while_wanted()).detach();

@@ -6,6 +6,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,8 +26,10 @@ use super::{Expect, Finding, Found, Renewal, Severity, StoreHandle, StoreInfo, s
 use crate::disk::{Disk, DiskFile, classify};
 use crate::error::{Error, Result};
 use crate::ids::Incarnation;
+use crate::limits::STORE_OPENING_MAX;
 use crate::runtime::sync::{Notify, Semaphore};
 use crate::runtime::{spawn, timeout};
+use crate::sabotage::{Rule, broken};
 
 /// A reservation gives up when the scrubber has freed nothing for so long.
 const RESERVE_PATIENCE: Duration = Duration::from_secs(30);
@@ -69,7 +72,8 @@ pub(super) struct Keeper {
 ///
 /// # Errors
 /// `Invalid` (not a vold store; truncated), `Unsupported` (unknown format version), `Refused` (another installation's,
-/// or not the expected store), `Damaged`, `Io`. Each says who, what, why, and the next step.
+/// or not the expected store), `Damaged`, `Io`; `Unavailable` when the device does not answer. Each says who, what, why, and
+/// the next step.
 pub async fn open(file: &DiskFile, expect: Expect) -> Result<StoreHandle> {
     begin_open(file, expect).await?.finish(None).await
 }
@@ -79,6 +83,21 @@ pub async fn open(file: &DiskFile, expect: Expect) -> Result<StoreHandle> {
 /// # Errors
 /// As [`open`].
 pub async fn begin_open(file: &DiskFile, expect: Expect) -> Result<Opening> {
+    answered(file.path(), read_all(file, expect)).await
+}
+
+/// Waits for a part of an opening, unless the device does not answer.
+async fn answered<T>(path: &Path, part: impl Future<Output = Result<T>>) -> Result<T> {
+    timeout(STORE_OPENING_MAX, part).await.unwrap_or_else(|| {
+        Err(Error::unavailable(format!(
+            "{}: its device has not answered within {} seconds; look at the device",
+            path.display(),
+            STORE_OPENING_MAX.as_secs()
+        )))
+    })
+}
+
+async fn read_all(file: &DiskFile, expect: Expect) -> Result<Opening> {
     let disk = Disk::attach(file)?;
     let loaded = load(&disk, file, expect).await?;
     let (keeper, findings, requests) = Keeper::new(disk, file, loaded);
@@ -119,7 +138,7 @@ impl Opening {
             findings,
             requests,
         } = self;
-        let recovered = keeper.recover(findings, renewal).await;
+        let recovered = answered(&keeper.shared.info.path, keeper.recover(findings, renewal)).await;
         recovered.map_err(|error| keeper.shared.named(error))?;
         let handle = StoreHandle {
             shared: keeper.shared.clone(),
@@ -263,7 +282,7 @@ impl Keeper {
                 )));
             }
         }
-        for number in stale {
+        for number in stale.into_iter().filter(|_| !broken(Rule::StaleSlots)) {
             if let Err(error) = slots::erase(&self.shared, &self.disk, number).await {
                 if self.shared.fault().is_some() {
                     return Err(error);

@@ -39,6 +39,8 @@ mod wire;
 pub use check::{
     CheckReport, CheckScope, ExtentReport, Finding, Severity, VolumeReport, check, compare_replicas,
 };
+#[cfg(feature = "sim")]
+pub use format::format_simulated;
 pub use format::{check_sizes, format};
 pub use handle::StoreHandle;
 pub use inspect::{Inspection, LiveVolume, Remains, Word, inspect};

@@ -16,6 +16,7 @@ use crate::buf::Buf;
 use crate::error::{Error, Result};
 use crate::ids::PhysicalExtent;
 use crate::runtime::yield_now;
+use crate::sabotage::{Rule, broken};
 
 /// Extents between two syncs.
 const EXTENTS_PER_ROUND: usize = 8;
@@ -25,7 +26,7 @@ const EXTENTS_AT_A_TIME: usize = 2;
 impl Keeper {
     /// Scrubs until the store is closing or faulty.
     pub(super) async fn scrub_loop(self: Rc<Self>) {
-        let zeros = Rc::new(Buf::zeroed(SPAN_BYTES));
+        let zeros = Rc::new(Buf::zeroed(self.scrub_span()));
         let mut cursor = 0;
         loop {
             let first = self
@@ -97,9 +98,13 @@ impl Keeper {
     }
 
     async fn scrub(&self, zeros: &Rc<Buf>, round: &[PhysicalExtent]) -> Result<()> {
-        each(round, |extent| self.overwrite(zeros, extent)).await?;
-        self.shared.sync(&self.disk, "scrub").await?;
-        each(round, |extent| self.read_back(extent)).await?;
+        if !broken(Rule::ScrubOverwrites) {
+            each(round, |extent| self.overwrite(zeros, extent)).await?;
+            if !broken(Rule::ScrubSyncs) {
+                self.shared.sync(&self.disk, "scrub").await?;
+            }
+            each(round, |extent| self.read_back(extent)).await?;
+        }
         self.commit(round.iter().map(|extent| Step::Free(*extent)).collect())
             .await?;
         self.freed.set(self.freed.get() + round.len() as u64);
@@ -115,20 +120,32 @@ impl Keeper {
     async fn overwrite(&self, zeros: &Rc<Buf>, extent: PhysicalExtent) -> Result<()> {
         let layout = &self.layout;
         write_zeros(&self.disk, zeros, layout.data_at(extent), layout.extent_bytes).await?;
+        if broken(Rule::ScrubSums) {
+            return Ok(());
+        }
         write_zeros(&self.disk, zeros, layout.sums_at(extent), layout.sum_area_bytes()).await
+    }
+
+    /// Bytes of one transfer: no extent needs more than its own size.
+    fn scrub_span(&self) -> usize {
+        SPAN_BYTES.min(self.layout.extent_bytes as usize)
     }
 
     async fn read_back(&self, extent: PhysicalExtent) -> Result<()> {
         let layout = &self.layout;
-        let mut buf = Buf::zeroed(SPAN_BYTES);
+        let span = self.scrub_span();
+        let mut buf = Buf::zeroed(span);
         let spans = [
             (layout.data_at(extent), layout.extent_bytes),
             (layout.sums_at(extent), layout.sum_area_bytes()),
         ];
         for (at, len) in spans {
+            if broken(Rule::ScrubSums) && at == spans[1].0 {
+                break;
+            }
             let mut done = 0;
             while done < len {
-                let n = (SPAN_BYTES as u64).min(len - done) as usize;
+                let n = (span as u64).min(len - done) as usize;
                 // What was in the buffer must not be taken for what the device returned.
                 buf[..n].fill(0xff);
                 let (result, back) = self.disk.read(at + done, buf, 0..n).await;

@@ -14,6 +14,7 @@ use crate::disk::Disk;
 use crate::error::{Error, Result};
 use crate::ids::{CmkId, CustomerId, DatasetId, KeyVersion, StoreId, VolumeId};
 use crate::keys::{WRAPPED_BYTES_MAX, WrappedKey};
+use crate::sabotage::{Rule, broken};
 
 structure! {
     /// One slot copy.
@@ -223,6 +224,9 @@ pub(super) async fn write_copy(
 pub(super) async fn erase(shared: &Shared, disk: &Disk, number: u32) -> Result<()> {
     let zeros = Rc::new(Buf::zeroed(fields::SIZE));
     let first = overwrite(shared, disk, number, 0, zeros.clone()).await;
+    if broken(Rule::KeyCopies) {
+        return first;
+    }
     let second = overwrite(shared, disk, number, 1, zeros).await;
     first.and(second)
 }

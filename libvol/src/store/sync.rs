@@ -14,6 +14,7 @@ use futures_channel::oneshot;
 use super::handle::Shared;
 use crate::disk::Disk;
 use crate::error::{Error, Result};
+use crate::sabotage::{Rule, broken};
 
 /// Which syncs are in flight, on any thread.
 #[derive(Default)]
@@ -127,7 +128,10 @@ impl Shared {
             shared: self,
             number: Some(self.syncs.begin()),
         };
-        let synced = disk.sync().await;
+        let mut synced = disk.sync().await;
+        if broken(Rule::FailedSync) {
+            synced = Ok(());
+        }
         let failed = synced.err().map(|e| Error::from(e).context(what));
         if let Some(error) = &failed {
             // Before it counts as reaped: others may tell success from then on.

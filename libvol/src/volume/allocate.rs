@@ -19,6 +19,7 @@ use crate::error::{Error, Kind, Result};
 use crate::ids::{ExtentIndex, PhysicalExtent, ReplicaSet};
 use crate::limits::{VOLUME_EXTENTS_AHEAD, VOLUME_EXTENTS_PER_COMMIT};
 use crate::runtime::{now, sleep, spawn};
+use crate::sabotage::{Rule, broken};
 use crate::store::{Change, StoreIo};
 
 /// Free extents below which nothing is allocated ahead.
@@ -127,11 +128,10 @@ impl Core {
         let marks_after = self.dirty.borrow().len() + count as usize;
         let scarce = self.marks_wanted.get() > 0
             || marks_after > self.tuning.dirty_extents_max / 2
-            || self
-                .in_sync()
-                .iter()
-                .filter_map(|replica| self.seats[replica].io().ok())
-                .any(|io| io.handle().space().free < FREE_EXTENTS_FOR_AHEAD + count);
+            || self.in_sync().iter().any(|replica| {
+                let space = self.seats[replica].handle().map(|handle| handle.space());
+                space.is_none_or(|space| space.free < FREE_EXTENTS_FOR_AHEAD + count)
+            });
         if count == 0 || scarce {
             return Vec::new();
         }
@@ -297,19 +297,12 @@ impl Core {
             None => self.settle_or_stop(results).await,
             Some(error) => {
                 for (replica, result) in results.into_iter() {
-                    if let Ok(extents) = result {
-                        self.give_back(replica, extents);
+                    if let (Ok(extents), Some(handle)) = (result, self.seats[replica].handle()) {
+                        handle.unreserve(extents);
                     }
                 }
                 Err(error)
             }
-        }
-    }
-
-    /// Reserved extents that are not used. (Who lets go of a store waits for all marking to end, so it is still there.)
-    fn give_back(&self, replica: usize, extents: Vec<PhysicalExtent>) {
-        if let Ok(io) = self.seats[replica].io() {
-            io.handle().unreserve(extents);
         }
     }
 
@@ -339,6 +332,11 @@ impl Core {
         let deadline = now() + self.tuning.mark_patience;
         let mut wanted = None;
         loop {
+            if broken(Rule::DurableFirst) {
+                let (handle, changes) = (io.handle().clone(), changes.to_vec());
+                spawn(async move { handle.commit(changes).await }).detach();
+                return Ok(());
+            }
             match io.handle().commit(changes.to_vec()).await {
                 Err(error) if error.kind() == Kind::NoSpace && self.check().is_ok() && now() < deadline => {
                     wanted.get_or_insert_with(|| MarkWanted::new(self));
@@ -360,8 +358,9 @@ impl Core {
         let asked = results.places();
         let refused = self.take_refused(&mut results);
         for replica in asked.minus(results.places()).iter() {
-            let extents = reserved.get(replica).to_vec();
-            self.give_back(replica, extents);
+            if let Some(handle) = self.seats[replica].handle() {
+                handle.unreserve(reserved.get(replica).to_vec());
+            }
         }
         let Some(why) = refused else {
             return Ok(self.settle_or_stop(results).await?.places());
@@ -446,7 +445,11 @@ impl Plan<'_> {
             },
             _ => Change::Mark(extent.places.get()[replica]),
         };
-        self.of(replica).map(change).collect()
+        let unmarked = |extent: &&Rc<Extent>| broken(Rule::Mark) && extent.state.get() == State::Marking;
+        self.of(replica)
+            .filter(|extent| !unmarked(extent))
+            .map(change)
+            .collect()
     }
 }
 

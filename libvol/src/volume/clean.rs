@@ -9,7 +9,8 @@
 //! 4. → Clean.
 //!
 //! A write that comes before step 3 makes its extent Dirty again, and its mark stays; one that comes during step 3 waits
-//! and marks again. When marks are scarce (this volume has as many as it may, or the store nearly so) the extents that
+//! and marks again. An extent with blocks that recovery could not read keeps its mark while there are others: an area that
+//! knows nothing of them would give up for good what the device may return another time. When marks are scarce (this volume has as many as it may, or the store nearly so) the extents that
 //! were written least recently are cleaned, idle or not.
 
 use std::rc::Rc;
@@ -24,6 +25,7 @@ use crate::error::Result;
 use crate::ids::ReplicaSet;
 use crate::limits::{DIRTY_MARKS_PER_STORE, VOLUME_EXTENTS_PER_COMMIT};
 use crate::runtime::{now, sleep, timeout};
+use crate::sabotage::{Rule, broken};
 use crate::store::{Change, SumArea};
 
 /// Area writes in flight on each replica.
@@ -68,8 +70,8 @@ impl Core {
             || self
                 .in_sync()
                 .iter()
-                .filter_map(|replica| self.seats[replica].io().ok())
-                .any(|io| store_is_crowded(io.handle().space().dirty));
+                .filter_map(|replica| self.seats[replica].handle())
+                .any(|handle| store_is_crowded(handle.space().dirty));
         let now = self.tick.get();
         let (mut idle, mut busy): (Vec<_>, Vec<_>) = self
             .cleanable()
@@ -107,15 +109,22 @@ impl Core {
         for batch in all.chunks(VOLUME_EXTENTS_PER_COMMIT) {
             self.clean(batch).await?;
         }
-        Ok(())
+        // What keeps its mark was not synced with the others.
+        let clean = self.dirty.borrow().is_empty();
+        match clean {
+            true => Ok(()),
+            false => self.sync_all().await,
+        }
     }
 
     fn cleanable(&self) -> impl Iterator<Item = Rc<Extent>> + use<> {
         self.prune_dirty();
         let dirty = self.dirty.borrow().clone();
-        dirty
-            .into_iter()
-            .filter(|extent| extent.state.get() == State::Dirty && extent.pins() == 0)
+        let scarce = self.marks_scarce();
+        dirty.into_iter().filter(move |extent| {
+            let keeps = extent.unread.get() && !scarce;
+            extent.state.get() == State::Dirty && extent.pins() == 0 && !keeps
+        })
     }
 
     /// Gives back the extents without data, and returns the others.
@@ -149,10 +158,15 @@ impl Core {
         });
         let written: Vec<Result<()>> = writes.buffer_unordered(AREAS_AT_A_TIME).collect().await;
         written.into_iter().collect::<Result<()>>()?;
-        self.sync_all().await?;
+        if !broken(Rule::SyncBeforeClear) {
+            self.sync_all().await?;
+        }
         let untouched: Vec<&Rc<Extent>> = batch
             .into_iter()
-            .filter(|extent| extent.state.get() == State::Cleaning)
+            .filter(|extent| {
+                let touched = broken(Rule::ClearUntouched) && extent.state.get() == State::Dirty;
+                extent.state.get() == State::Cleaning || touched
+            })
             .collect();
         if untouched.is_empty() {
             return Ok(());
@@ -186,7 +200,7 @@ impl Core {
 
     async fn write_area(&self, extent: &Rc<Extent>) -> Result<()> {
         // Released while its batch was under way: nothing to write any more.
-        if extent.state.get() != State::Cleaning {
+        if extent.state.get() != State::Cleaning || broken(Rule::AreaBeforeClear) {
             return Ok(());
         }
         let sequence = extent.sequence.get() + 1;

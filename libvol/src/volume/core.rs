@@ -24,7 +24,9 @@ use super::{VolumeSpec, VolumeStats};
 use crate::buf::{Buf, BufPool};
 use crate::crypto::seal::{SealedBuf, Sealer};
 use crate::error::{Error, Kind, Result};
-use crate::ids::{BlockIndex, DatasetId, Epoch, ExtentIndex, KeyVersion, PhysicalExtent, VolumeId};
+use crate::ids::{
+    BlockIndex, DatasetId, Epoch, ExtentIndex, KeyVersion, PhysicalExtent, ReplicaSet, VolumeId,
+};
 use crate::limits::{
     BLOCK, BLOCK_SIZE, DIRTY_MARKS_PER_STORE, REPLICA_DEADLINE_SECONDS, REPLICAS_MAX,
     RESYNC_BYTES_PER_SECOND_DEFAULT, VOLUME_BYTES_IN_FLIGHT, VOLUME_PLACES_MAX, VOLUME_POOL_BYTES_IDLE,
@@ -32,6 +34,7 @@ use crate::limits::{
 };
 use crate::runtime::spawn;
 use crate::runtime::sync::{InFlight, InFlightGuard, Notify, Semaphore};
+use crate::sabotage::{Rule, broken};
 use crate::store::{Member, StoreIo};
 
 /// Numbers that an operator may set, and that tests choose smaller than production does.
@@ -181,6 +184,7 @@ impl Core {
                     dropping += 1;
                     Role::Dropping
                 }
+                (Member::Stale, Some(_)) if broken(Rule::StaleIsOut) => Role::InSync,
                 (Member::Stale | Member::Resyncing, _) => Role::Stale,
             };
             let away = || "its store was away when the volume was opened".to_owned();
@@ -361,7 +365,7 @@ impl Core {
         let places = extent.places.get();
         self.note_missed(extent, blocks.clone());
         let results = self
-            .on(self.targets(extent), |replica, io| {
+            .on(some_of(self.targets(extent), Rule::WriteAll), |replica, io| {
                 let range = range.clone();
                 async move { io.write(places[replica], block, sealed, range).await }
             })
@@ -419,11 +423,11 @@ impl Core {
     /// # Errors
     /// `Io`; the volume has then stopped.
     pub(super) async fn sync_all(&self) -> Result<()> {
-        let results = self
-            .on(self.in_sync().or(self.joining()), |_, io| async move {
-                io.flush().await
-            })
-            .await;
+        if broken(Rule::FlushSyncs) {
+            return Ok(());
+        }
+        let replicas = some_of(self.in_sync().or(self.joining()), Rule::FlushAll);
+        let results = self.on(replicas, |_, io| async move { io.flush().await }).await;
         self.settle_or_stop(results).await.map(drop)
     }
 
@@ -469,6 +473,15 @@ impl Core {
             places[replica] = place;
         }
         places
+    }
+}
+
+/// All of them; with the rule broken, only the first.
+#[inline]
+fn some_of(replicas: ReplicaSet, rule: Rule) -> ReplicaSet {
+    match replicas.iter().next() {
+        Some(first) if broken(rule) => ReplicaSet::only(first),
+        _ => replicas,
     }
 }
 

@@ -113,6 +113,8 @@ pub(super) struct Extent {
     pub(super) marked_on: Cell<ReplicaSet>,
     /// Replicas in role Joining that have caught up with this extent and take its writes.
     pub(super) caught_up: Cell<ReplicaSet>,
+    /// Recovery could not read some block on any replica: the mark stays, so that the next opening tries again.
+    pub(super) unread: Cell<bool>,
     /// Cleaner's tick of the last write.
     pub(super) last_write: Cell<u32>,
     /// Used since the cache last looked.
@@ -139,6 +141,7 @@ impl Extent {
             ahead: Cell::new(false),
             marked_on: Cell::default(),
             caught_up: Cell::default(),
+            unread: Cell::new(false),
             last_write: Cell::new(0),
             recently_used: Cell::new(false),
             in_cache: Cell::new(false),

@@ -185,9 +185,10 @@ impl Volume {
     /// As [`Volume::open`].
     pub async fn open_tuned(spec: VolumeSpec, tuning: Tuning) -> Result<Rc<Self>> {
         let core = Core::new(spec, tuning)?;
+        // Opening and closing ask the replicas, too.
+        spawn(watch(Rc::downgrade(&core))).detach();
         core.load_map().await?;
         let running = (core.background.enter(), core.background.enter());
-        spawn(watch(Rc::downgrade(&core))).detach();
         let (cleaning, recovering) = (
             core.clone().clean_in_background(),
             core.clone().recover_in_background(),
@@ -423,7 +424,7 @@ impl Volume {
     }
 }
 
-/// Looks for requests to replicas that do not end, as long as the volume is there.
+/// Looks for requests to replicas that do not end, as long as there is anything of the volume.
 async fn watch(core: std::rc::Weak<Core>) {
     /// Looks per deadline.
     const LOOKS: u32 = 8;
@@ -432,9 +433,7 @@ async fn watch(core: std::rc::Weak<Core>) {
             return;
         };
         sleep(pause).await;
-        let Some(core) = core.upgrade().filter(|core| !core.stop.get()) else {
-            return;
-        };
+        let Some(core) = core.upgrade() else { return };
         core.seats.iter().for_each(|seat| seat.watch(LOOKS));
     }
 }

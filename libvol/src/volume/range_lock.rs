@@ -14,6 +14,8 @@ use std::ops::Range;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 
+use crate::sabotage::{Rule, broken};
+
 /// How much company a claim bears.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mode {
@@ -58,7 +60,11 @@ impl RangeLock {
             id: 0,
             first: blocks.start,
             end: blocks.end,
-            mode,
+            mode: if broken(Rule::RangeLock) {
+                Mode::Shared
+            } else {
+                mode
+            },
         };
         Locking {
             lock: self,

@@ -32,7 +32,7 @@
 //! | equal | none | as it is | yes |
 //! | differ | one of the copies | that copy | no |
 //! | differ | none | the first replica's copy | yes |
-//! | none can be read | – | lost, until it is written again | no |
+//! | none can be read | – | lost, until it is written again or the next opening can read it | no |
 //!
 //! A blank area (the extent was never cleaned) vouches for holes, as the oldest. Equal copies stay: a flushed write is on
 //! all replicas, so it is never traded for what an older area knows. Copies differ only where a write was not followed by
@@ -61,6 +61,7 @@ use crate::error::{Error, Kind, Result};
 use crate::ids::{BlockIndex, DatasetId, ExtentIndex, ReplicaSet};
 use crate::limits::{BLOCK_SIZE, VOLUME_EXTENTS_PER_COMMIT, VOLUME_PLACES_MAX};
 use crate::runtime::sleep;
+use crate::sabotage::{Rule, broken};
 use crate::store::{Change, ExtentEntry, Member, SumArea, SumAreaRead, VolumeState};
 
 /// A replica had no room for a mark: recovery of that extent waits so long.
@@ -83,6 +84,7 @@ fn fate(found: &[Option<ExtentEntry>]) -> Fate {
     let mut marks = found.iter().flatten().map(|entry| entry.dirty);
     match (on_all, marks.clone().any(|dirty| dirty), marks.all(|dirty| dirty)) {
         (true, false, _) => Fate::Clean,
+        (true, true, _) if broken(Rule::RecoverMarked) => Fate::Clean,
         (true, true, _) => Fate::Reconcile,
         (false, _, true) => Fate::Release,
         (false, _, false) => Fate::Contradiction,
@@ -114,7 +116,9 @@ impl Core {
                 )));
             }
             for (replica, seat) in self.seats.iter().enumerate() {
-                let lacks = |entry: &ExtentEntry| entry.dirty || entry.missed_by.contains(replica);
+                let lacks = |entry: &ExtentEntry| {
+                    (entry.dirty || entry.missed_by.contains(replica)) && !broken(Rule::MissedBits)
+                };
                 if !matches!(seat.role.get(), Role::InSync | Role::Vacant) && entries().any(|e| lacks(&e)) {
                     seat.missed.borrow_mut().all_of(index.0);
                 }
@@ -184,7 +188,7 @@ impl Core {
     }
 
     /// Stores that do not know the present membership (a cut came between the register and them) hear of it before
-    /// anything is served.
+    /// anything is served, or are dropped.
     async fn seal_membership(&self) -> Result<()> {
         let id = self.id;
         let results = self
@@ -204,10 +208,8 @@ impl Core {
         if results.iter().all(|(_, state)| state.as_ref().is_ok_and(agree)) {
             return Ok(());
         }
-        match self.write_members(&members).await.into_iter().next() {
-            None => Ok(()),
-            Some((_, error)) => Err(error.context(format!("volume {}", self.label))),
-        }
+        let told = self.write_members(&members).await;
+        self.settle(told).await.map(drop)
     }
 
     fn adopt(&self, index: ExtentIndex, found: &Found, state: State) {
@@ -332,7 +334,7 @@ impl Core {
             let new = &mut sums[start as usize..end as usize];
             rewritten |= self.reconcile_chunk(extent, &areas, start..end, new).await?;
         }
-        if rewritten {
+        if rewritten && !broken(Rule::RecoverSyncs) {
             self.sync_all().await?;
         }
         extent.sequence.set(areas.newest_sequence());
@@ -385,6 +387,7 @@ impl Core {
             if all.is_empty() {
                 self.lose(number);
                 sums[at] = UNKNOWN;
+                extent.unread.set(true);
                 continue;
             }
             let chosen = choose(self.dataset, number, &all, areas.entries(block));
@@ -394,7 +397,7 @@ impl Core {
             let winner = all[chosen.copy];
             winners[to].copy_from_slice(winner);
             for copy in &copies {
-                if copy.block(at) != Some(winner) {
+                if copy.block(at) != Some(winner) && !broken(Rule::RecoverRewrites) {
                     stale[at] = stale[at].with(copy.replica);
                 }
             }
@@ -412,10 +415,9 @@ impl Core {
                 let bytes = run.start * BLOCK_SIZE..run.end * BLOCK_SIZE;
                 let block = blocks.start + run.start as u32;
                 let seat = &self.seats[replica];
-                let Ok(io) = seat.io() else { break };
                 let place = extent.places.get()[replica];
                 let written = seat
-                    .guard(async { io.write(place, block, &sealed, bytes).await })
+                    .guard(async { seat.io()?.write(place, block, &sealed, bytes).await })
                     .await;
                 if let Err(error) = written {
                     self.drop_replica(replica, error).await?;

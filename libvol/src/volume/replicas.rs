@@ -14,7 +14,7 @@
 //! may still land ([`Seat::watch`]).
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::rc::Rc;
@@ -32,7 +32,8 @@ use crate::ids::{Epoch, PhysicalExtent, ReplicaSet, StoreId};
 use crate::limits::VOLUME_PLACES_MAX;
 use crate::runtime::spawn;
 use crate::runtime::sync::Notify;
-use crate::store::{Change, Member, StoreIo};
+use crate::sabotage::{Rule, broken};
+use crate::store::{Change, Member, StoreHandle, StoreIo};
 
 /// See the module's table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,10 +58,12 @@ pub(super) struct Seat {
     /// What it lacks, while it is not in sync.
     pub(super) missed: RefCell<Missed>,
     /// Joining: where the extents are that it has not caught up with.
-    pub(super) places: RefCell<HashMap<u32, PhysicalExtent>>,
+    pub(super) places: RefCell<BTreeMap<u32, PhysicalExtent>>,
     pub(super) reads_in_flight: Cell<u32>,
     /// Bytes written to it to catch up, since it began to join.
     pub(super) copied_bytes: Cell<u64>,
+    /// Counts how often it has begun to join: what an earlier time has left under way must not go on in a later one.
+    pub(super) join: Cell<u64>,
     /// Joining: since when, and the extents it has caught up with since.
     pub(super) joined: Cell<Option<(std::time::Duration, u64)>>,
     /// A request of it did not end in time; all others are given up with it.
@@ -91,6 +94,7 @@ impl Seat {
             places: RefCell::default(),
             reads_in_flight: Cell::new(0),
             copied_bytes: Cell::new(0),
+            join: Cell::new(0),
             joined: Cell::new(None),
             gave_up: Cell::new(false),
             requests: RefCell::default(),
@@ -99,18 +103,23 @@ impl Seat {
         }
     }
 
-    /// Its store's data path. A replica that takes requests has it; one that was let go meanwhile has not.
+    /// Its store's data path.
     ///
     /// # Errors
-    /// `Unavailable`.
+    /// `Unavailable` once it was let go, which can happen to a replica out of sync at any time.
     #[inline]
     pub(super) fn io(&self) -> Result<Rc<StoreIo>> {
-        self.io.borrow().clone().ok_or_else(|| {
-            Error::unavailable(format!(
-                "the replica on store \"{}\" was let go",
-                self.name.borrow()
-            ))
-        })
+        self.io.borrow().clone().ok_or_else(|| self.let_go())
+    }
+
+    #[cold]
+    fn let_go(&self) -> Error {
+        Error::unavailable(format!("store \"{}\": it was let go", self.name.borrow()))
+    }
+
+    /// Its store's handle, while it has one.
+    pub(super) fn handle(&self) -> Option<StoreHandle> {
+        self.io.borrow().as_ref().map(|io| io.handle().clone())
     }
 
     pub(super) fn set_io(&self, io: Option<Rc<StoreIo>>) {
@@ -161,7 +170,9 @@ impl Seat {
         if self.gave_up.get() || !self.requests.borrow().iter().any(|(_, request)| hung(request)) {
             return;
         }
-        if let Some(io) = &*self.io.borrow() {
+        if let Some(io) = &*self.io.borrow()
+            && !broken(Rule::HungStoreIsOut)
+        {
             io.handle()
                 .latch_fault("a request did not end in time; it may still land");
         }
@@ -337,10 +348,9 @@ impl Core {
             *place = replica;
         }
         let ask = |nth: usize| {
-            let (place, each) = (places[nth], &each);
-            let seat = &self.seats[place];
-            let io = seat.io();
-            async move { seat.guard(each(place, io?)).await }
+            let seat = &self.seats[places[nth]];
+            let work = seat.io().map(|io| each(places[nth], io));
+            seat.guard(async move { work?.await })
         };
         let mut results = Each::none();
         match count {
@@ -405,7 +415,7 @@ impl Core {
             }
             first = first.or(Some(error));
         }
-        if completed.and(self.in_sync()).is_empty() {
+        if completed.and(self.in_sync()).is_empty() && !broken(Rule::KeepTheLast) {
             let error = first.map_or_else(
                 || "the replica that completed it was dropped".into(),
                 |e| e.to_string(),
@@ -417,6 +427,9 @@ impl Core {
         }
         for (replica, reason) in leaving {
             self.begin_drop(replica, reason);
+        }
+        if broken(Rule::StaleBeforeAnswer) {
+            return Ok(());
         }
         self.wait_for(|| (self.dropping.get() == 0).then_some(())).await
     }
@@ -460,6 +473,9 @@ impl Core {
 
     /// What is marked now may differ on a replica that goes: it is compared when it comes back.
     fn miss_all_marked(&self, seat: &Seat) {
+        if broken(Rule::MissMarked) {
+            return;
+        }
         let mut missed = seat.missed.borrow_mut();
         for extent in &*self.dirty.borrow() {
             missed.all_of(extent.index.0);
@@ -536,14 +552,15 @@ impl Core {
                 return;
             }
             self.epoch.set(next.epoch);
-            let failed = self.write_members(&next).await;
+            let told = self.write_members(&next).await;
             for replica in dropping.iter() {
                 let seat = &self.seats[replica];
                 seat.role.set(Role::Stale);
                 self.dropping.set(self.dropping.get() - 1);
                 tracing::warn!(volume = %self.label, store = %seat.name.borrow(), epoch = %next.epoch, "replica is stale");
             }
-            for (replica, error) in failed {
+            for (replica, told) in told.into_iter() {
+                let Err(error) = told else { continue };
                 if self.seats[replica].role.get() != Role::InSync {
                     continue;
                 }
@@ -560,24 +577,22 @@ impl Core {
         }
     }
 
-    /// Writes the membership to the stores in sync; returns those that failed.
-    pub(super) async fn write_members(&self, membership: &Membership) -> Vec<(usize, Error)> {
+    /// Writes the membership to the stores in sync.
+    pub(super) async fn write_members(&self, membership: &Membership) -> Each<Result<()>> {
         let members: Vec<Member> = membership.members.iter().map(|standing| standing.state).collect();
         let change = Change::SetMembers {
             volume: self.id,
             epoch: membership.epoch,
             members,
         };
-        let results = self
-            .on(self.in_sync(), |_, io| {
-                let change = change.clone();
-                async move { io.handle().commit(vec![change]).await }
-            })
-            .await;
-        results
-            .into_iter()
-            .filter_map(|(replica, result)| Some((replica, result.err()?)))
-            .collect()
+        if broken(Rule::TellTheStores) {
+            return Each::none();
+        }
+        self.on(self.in_sync(), |_, io| {
+            let change = change.clone();
+            async move { io.handle().commit(vec![change]).await }
+        })
+        .await
     }
 
     /// What is written to these blocks is missed by replicas that are out. The caller holds them exclusively.

@@ -6,14 +6,14 @@
 //! 3. The missed ones, oldest first: marked like for a write, allocated or marked on it, locked whole, and what it lacks
 //!    copied from the others, verified; where only *all* is known, its copy is compared first and only blocks that differ
 //!    are written. From then on it takes the extent's writes, and the cleaner brings its checksum area and clears its mark.
-//! 4. When nothing is missed and no allocation that began before step 2 is under way, it is synced, and if still nothing is
-//!    missed it becomes InSync, in memory first: from then on its failures are those of a replica in sync. Then the
-//!    membership is written down.
+//! 4. When nothing is missed and no allocation that left it out is under way, it is synced, and if still nothing is missed
+//!    it becomes InSync, in memory first: from then on its failures are those of a replica in sync. Then the membership is
+//!    written down.
 //!
 //! A replica that fails on the way is Stale as before. What it had caught up with stays so, until it is written again.
 //! A cut leaves it stale, too: nothing it holds is believed before step 4 is durable.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
@@ -32,6 +32,7 @@ use crate::error::{Error, Result};
 use crate::ids::{ExtentIndex, PhysicalExtent, ReplicaSet};
 use crate::limits::{BLOCK_SIZE, VOLUME_EXTENTS_PER_COMMIT, VOLUME_RESYNC_EXTENTS};
 use crate::runtime::{now, sleep, spawn};
+use crate::sabotage::{Rule, broken};
 use crate::store::{Change, ExtentEntry, StoreIo};
 
 impl Core {
@@ -87,9 +88,11 @@ impl Core {
             volume = %self.label, store = %seat.name.borrow(), extents = seat.missed.borrow().len(),
             full_copy = seat.full_copy.get(), "replica catches up"
         );
-        let (core, running) = (self.clone(), self.background.enter());
+        let (core, running, join) = (self.clone(), self.background.enter(), seat.join.get());
         spawn(async move {
-            if let Err(error) = core.catch_up(replica).await {
+            if let Err(error) = core.catch_up(replica, join).await
+                && core.seats[replica].join.get() == join
+            {
                 core.stop_joining(replica, &error.to_string());
             }
             drop(running);
@@ -106,7 +109,7 @@ impl Core {
     /// Step 2, at one point in time.
     fn take_stock(&self, replica: usize, entries: &[ExtentEntry]) {
         let seat = &self.seats[replica];
-        let mut here: HashMap<u32, &ExtentEntry> =
+        let mut here: BTreeMap<u32, &ExtentEntry> =
             entries.iter().map(|entry| (entry.logical.0, entry)).collect();
         let mut missed = seat.missed.borrow_mut();
         let mut places = seat.places.borrow_mut();
@@ -147,25 +150,32 @@ impl Core {
         places.extend(here.into_values().map(|entry| (entry.logical.0, entry.physical)));
         seat.copied_bytes.set(0);
         seat.joined.set(Some((now(), 0)));
+        seat.join.set(seat.join.get() + 1);
         seat.role.set(Role::Joining);
     }
 
     /// Steps 3 and 4. Ends early when the replica is not Joining any more.
-    async fn catch_up(self: &Rc<Self>, replica: usize) -> Result<()> {
+    async fn catch_up(self: &Rc<Self>, replica: usize, join: u64) -> Result<()> {
         let seat = &self.seats[replica];
-        let joins = || seat.role.get() == Role::Joining && !self.stop.get() && self.check().is_ok();
+        let joins = || self.joins(replica, join) && !self.stop.get() && self.check().is_ok();
         self.marking.all_so_far().await;
         let started = now();
         while joins() {
             let batch = seat.missed.borrow().oldest(VOLUME_EXTENTS_PER_COMMIT);
             if !batch.is_empty() {
-                self.catch_up_with(replica, &batch).await?;
+                self.catch_up_with(replica, join, &batch).await?;
                 self.pace(replica, started).await;
                 continue;
             }
             self.release_surplus(replica).await?;
+            // Who was allocated without this replica, since something else was still in its place, shows as missed by then.
+            if !broken(Rule::ResyncWaits) {
+                self.marking.all_so_far().await;
+            }
             let io = seat.io()?;
-            seat.guard(async move { io.flush().await }).await?;
+            if !broken(Rule::ResyncSyncs) {
+                seat.guard(async move { io.flush().await }).await?;
+            }
             if !joins() || !seat.missed.borrow().is_empty() || !seat.places.borrow().is_empty() {
                 continue;
             }
@@ -197,7 +207,13 @@ impl Core {
         }
     }
 
-    async fn catch_up_with(self: &Rc<Self>, replica: usize, batch: &[u32]) -> Result<()> {
+    /// Whether that attempt to join is still under way.
+    fn joins(&self, replica: usize, join: u64) -> bool {
+        let seat = &self.seats[replica];
+        seat.role.get() == Role::Joining && seat.join.get() == join
+    }
+
+    async fn catch_up_with(self: &Rc<Self>, replica: usize, join: u64, batch: &[u32]) -> Result<()> {
         let extents: Vec<Rc<Extent>> = batch
             .iter()
             .filter_map(|index| self.extent(ExtentIndex(*index)))
@@ -206,7 +222,7 @@ impl Core {
         let each = stream::iter(batch).map(|index| async move {
             let index = ExtentIndex(*index);
             match self.writable_if_present(index).await? {
-                Some(pinned) => self.catch_up_extent(replica, &pinned).await,
+                Some(pinned) => self.catch_up_extent(replica, join, &pinned).await,
                 None => {
                     // Trimmed meanwhile. Its place on the replica goes at the end.
                     if self.is_absent(index) {
@@ -220,12 +236,12 @@ impl Core {
         results.into_iter().collect()
     }
 
-    async fn catch_up_extent(&self, replica: usize, pinned: &Pinned) -> Result<()> {
+    async fn catch_up_extent(&self, replica: usize, join: u64, pinned: &Pinned) -> Result<()> {
         let extent = pinned.extent();
         let seat = &self.seats[replica];
         let _held = extent.lock.lock(0..self.shape.blocks, Mode::Exclusive).await;
         let index = extent.index.0;
-        if extent.state.get() != State::Dirty || seat.role.get() != Role::Joining {
+        if extent.state.get() != State::Dirty || !self.joins(replica, join) {
             return Ok(());
         }
         let Some(lack) = seat.missed.borrow().of(index).cloned() else {
@@ -239,12 +255,15 @@ impl Core {
         for run in lack.runs(self.shape.blocks) {
             for start in run.clone().step_by(CHUNK_BLOCKS as usize) {
                 let blocks = start..run.end.min(start + CHUNK_BLOCKS);
+                if !self.joins(replica, join) {
+                    return Ok(());
+                }
                 self.copy_blocks(replica, extent, place, blocks, lack == Lack::All)
                     .await?;
             }
         }
         // The failure of a source may have made it stale meanwhile, with all that is marked: this extent among them.
-        if seat.role.get() != Role::Joining {
+        if !self.joins(replica, join) {
             return Ok(());
         }
         let mut places = extent.places.get();
@@ -260,6 +279,9 @@ impl Core {
     }
 
     async fn mark_on(&self, replica: usize, place: PhysicalExtent) -> Result<PhysicalExtent> {
+        if broken(Rule::ResyncMarks) {
+            return Ok(place);
+        }
         let seat = &self.seats[replica];
         let io = seat.io()?;
         seat.guard(async { self.commit_patiently(&io, &[Change::Mark(place)]).await })

@@ -18,8 +18,9 @@ use super::range_lock::Mode;
 use super::split::{Part, parts};
 use crate::crypto::seal::{HOLE, PlainBuf, SealedBuf};
 use crate::error::Result;
-use crate::ids::ReplicaSet;
+use crate::ids::{PhysicalExtent, ReplicaSet};
 use crate::limits::{BLOCK_SIZE, VOLUME_EXTENTS_PER_COMMIT};
+use crate::sabotage::{Rule, broken};
 use crate::store::Change;
 
 /// Zeros written with one device call: 1 MiB.
@@ -154,7 +155,9 @@ impl Core {
         let mut held = Vec::with_capacity(pinned.len());
         for pinned in &pinned {
             let extent = pinned.extent();
-            held.push(extent.lock.lock(0..self.shape.blocks, Mode::Exclusive).await);
+            if !broken(Rule::ReleaseLocks) {
+                held.push(extent.lock.lock(0..self.shape.blocks, Mode::Exclusive).await);
+            }
             self.wait_for(|| (!extent.cleaner_holds.get()).then_some(()))
                 .await?;
         }
@@ -178,10 +181,18 @@ impl Core {
                 let theirs = leaving
                     .iter()
                     .filter(|extent| self.targets(extent).contains(replica));
-                let changes: Vec<Change> = theirs
-                    .map(|extent| Change::Release(extent.places.get()[replica]))
-                    .collect();
-                async move { io.handle().commit(changes).await }
+                let places: Vec<_> = theirs.map(|extent| extent.places.get()[replica]).collect();
+                let changes = places.iter().map(|place| Change::Release(*place)).collect();
+                async move {
+                    if broken(Rule::UnmapMarked) {
+                        let clear = |place: &PhysicalExtent| Change::ClearMark {
+                            physical: *place,
+                            missed_by: ReplicaSet::NONE,
+                        };
+                        io.handle().commit(places.iter().map(clear).collect()).await?;
+                    }
+                    io.handle().commit(changes).await
+                }
             })
             .await;
         self.settle_or_stop(results).await?;

@@ -3,18 +3,23 @@
 //! A write counts from the moment it is submitted: until a sync that began after its completion succeeds, a power cut
 //! may leave any of its 512-byte sectors old or new, independently, and in any order with other unsynced writes.
 
-use std::collections::HashMap;
+use std::rc::Rc;
 
 use super::rng::Rng;
 use crate::limits::{BLOCK, BLOCK_SIZE, SECTOR_SIZE};
 
-/// Sparse bytes; absent blocks are zero.
+/// Sparse bytes, a block a place; absent blocks are zero. Blocks are shared between copies until one of them changes, so
+/// that a snapshot, or what a power cut leaves, costs a pointer a block.
 #[derive(Clone, Default)]
-struct Bytes(HashMap<u64, Box<[u8; BLOCK_SIZE]>>);
+struct Bytes(Vec<Option<Rc<[u8; BLOCK_SIZE]>>>);
 
 impl Bytes {
+    fn block(&self, block: u64) -> Option<&Rc<[u8; BLOCK_SIZE]>> {
+        self.0.get(block as usize)?.as_ref()
+    }
+
     fn read(&self, at: u64, out: &mut [u8]) {
-        each_piece(at, out.len(), |block, within, range| match self.0.get(&block) {
+        each_piece(at, out.len(), |block, within, range| match self.block(block) {
             Some(bytes) => out[range.clone()].copy_from_slice(&bytes[within..within + range.len()]),
             None => out[range].fill(0),
         });
@@ -22,8 +27,22 @@ impl Bytes {
 
     fn write(&mut self, at: u64, data: &[u8]) {
         each_piece(at, data.len(), |block, within, range| {
-            let bytes = self.0.entry(block).or_insert_with(|| Box::new([0; BLOCK_SIZE]));
-            bytes[within..within + range.len()].copy_from_slice(&data[range]);
+            let data = &data[range];
+            let block = block as usize;
+            if block >= self.0.len() {
+                self.0.resize(block + 1, None);
+            }
+            match (&mut self.0[block], <&[u8; BLOCK_SIZE]>::try_from(data)) {
+                (place @ None, _) if data.iter().all(|byte| *byte == 0) => *place = None,
+                (place, Ok(whole)) => match place.as_mut().and_then(Rc::get_mut) {
+                    Some(bytes) => *bytes = *whole,
+                    None => *place = Some(Rc::new(*whole)),
+                },
+                (place, Err(_)) => {
+                    let bytes = place.get_or_insert_with(|| Rc::new([0; BLOCK_SIZE]));
+                    Rc::make_mut(bytes)[within..within + data.len()].copy_from_slice(data);
+                }
+            }
         });
     }
 }
@@ -39,7 +58,7 @@ fn each_piece(at: u64, len: usize, mut piece: impl FnMut(u64, usize, std::ops::R
     }
 }
 
-/// A write that no sync has covered yet.
+/// A write that no sync has covered yet. Completed ones are kept in the order in which they completed.
 #[derive(Clone)]
 struct Unsynced {
     id: u64,
@@ -105,6 +124,11 @@ impl Media {
         self.current.read(at, out);
     }
 
+    /// What is left if the power goes and nothing unsynced has landed.
+    pub fn read_durable(&self, at: u64, out: &mut [u8]) {
+        self.durable.read(at, out);
+    }
+
     /// Changes bytes behind everybody's back, durably: damage.
     pub fn overwrite(&mut self, at: u64, data: &[u8]) {
         self.current.write(at, data);
@@ -124,38 +148,96 @@ impl Media {
         id
     }
 
-    /// The device says that the write is done: reads see it.
-    pub(super) fn complete_write(&mut self, id: u64) {
+    /// The device says that the write is done, and it never gets anywhere.
+    pub(super) fn lose_write(&mut self, id: u64) {
+        self.unsynced.retain(|write| write.id != id);
+    }
+
+    /// The write goes to another place than it was meant for.
+    pub(super) fn misdirect_write(&mut self, id: u64, to: u64) {
+        if let Some(write) = self.unsynced.iter_mut().find(|write| write.id == id) {
+            write.at = to;
+        }
+    }
+
+    /// A sync failed: of what it should have covered each write is durable or gone for good, and reads see which.
+    pub(super) fn fail_sync(&mut self, covered: &[u64], rng: &mut Rng) {
         let Self {
-            unsynced, current, ..
+            unsynced,
+            durable,
+            current,
+            ..
         } = self;
-        if let Some(write) = unsynced.iter_mut().find(|w| w.id == id) {
-            write.completed = true;
+        let (settled, left): (Vec<Unsynced>, Vec<Unsynced>) = unsynced
+            .drain(..)
+            .partition(|write| covered.binary_search(&write.id).is_ok());
+        *unsynced = left;
+        for write in settled.iter().filter(|_| rng.one_in(2)) {
+            durable.write(write.at, &write.data);
+        }
+        for write in &settled {
+            let mut now = vec![0; write.data.len()];
+            durable.read(write.at, &mut now);
+            current.write(write.at, &now);
+        }
+        for write in unsynced.iter().filter(|write| write.completed) {
             current.write(write.at, &write.data);
         }
     }
 
-    /// The write failed: nobody knows which of its sectors landed, so each may have.
+    /// Byte offset of any block that is not zero; `None` when all are.
+    pub(super) fn any_block(&self, rng: &mut Rng) -> Option<u64> {
+        let blocks = &self.current.0;
+        let start = rng.below(blocks.len().max(1) as u64) as usize;
+        let places = (start..blocks.len()).chain(0..start);
+        let mut places = places.filter(|block| blocks[*block].is_some());
+        places.next().map(|block| block as u64 * BLOCK)
+    }
+
+    /// A bit changes by itself.
+    pub fn flip_bit(&mut self, at: u64, bit: u8) {
+        let mut byte = [0];
+        self.current.read(at, &mut byte);
+        self.overwrite(at, &[byte[0] ^ 1 << bit]);
+    }
+
+    /// The device says that the write is done: reads see it, over what completed before.
+    pub(super) fn complete_write(&mut self, id: u64) {
+        if let Some(index) = self.unsynced.iter().position(|write| write.id == id) {
+            let mut write = self.unsynced.remove(index);
+            write.completed = true;
+            self.current.write(write.at, &write.data);
+            self.unsynced.push(write);
+        }
+    }
+
+    /// The write failed: nobody knows which of its sectors landed, so each may have, and is as unsynced as any.
     pub(super) fn fail_write(&mut self, id: u64, rng: &mut Rng) {
-        if let Some(index) = self.unsynced.iter().position(|w| w.id == id) {
-            let Unsynced { at, data, .. } = self.unsynced[index].clone();
-            self.unsynced.remove(index);
-            for (i, sector) in data.chunks(SECTOR_SIZE).enumerate() {
-                if rng.one_in(2) {
-                    let sector_at = at + (i * SECTOR_SIZE) as u64;
-                    self.overwrite(sector_at, sector);
-                }
+        let Some(index) = self.unsynced.iter().position(|write| write.id == id) else {
+            return;
+        };
+        let Unsynced { at, data, .. } = self.unsynced.remove(index);
+        for (i, sector) in data.chunks(SECTOR_SIZE).enumerate() {
+            if rng.one_in(2) {
+                let id = self.begin_write(at + (i * SECTOR_SIZE) as u64, sector);
+                self.complete_write(id);
             }
         }
     }
 
-    /// A sync begins: it covers what has completed by now.
+    /// Whoever had writes under way is gone: each ends like one that failed.
+    pub(super) fn end_writes(&mut self, rng: &mut Rng) {
+        let under_way = self.unsynced.iter().filter(|write| !write.completed);
+        let ids: Vec<u64> = under_way.map(|write| write.id).collect();
+        ids.into_iter().for_each(|id| self.fail_write(id, rng));
+    }
+
+    /// A sync begins: it covers what has completed by now. Ascending.
     pub(super) fn begin_sync(&self) -> Vec<u64> {
-        self.unsynced
-            .iter()
-            .filter(|w| w.completed)
-            .map(|w| w.id)
-            .collect()
+        let completed = self.unsynced.iter().filter(|write| write.completed);
+        let mut ids: Vec<u64> = completed.map(|write| write.id).collect();
+        ids.sort_unstable();
+        ids
     }
 
     /// The sync has succeeded.
@@ -164,7 +246,7 @@ impl Media {
             unsynced, durable, ..
         } = self;
         unsynced.retain(|write| {
-            let durable_now = covered.contains(&write.id);
+            let durable_now = covered.binary_search(&write.id).is_ok();
             if durable_now {
                 durable.write(write.at, &write.data);
             }

@@ -308,3 +308,21 @@ fn a_slot_that_cannot_be_written_costs_one_creation_and_no_more() {
         );
     }
 }
+
+#[test]
+fn a_device_that_does_not_answer_is_not_waited_for_without_end() {
+    let (media, _, _) = with_a_volume(false);
+    // Reads of the metadata, and what recovery writes and syncs.
+    for calls in 0..8 {
+        let driver = SimDriver::new(3, vec![media.clone()]);
+        let runtime = Runtime::new(driver.clone());
+        let file = driver.file(0);
+        driver.hang_after(0, calls);
+        runtime.block_on(async move {
+            let opened = timeout(Duration::from_secs(100_000), open(&file, Expect::default())).await;
+            let error = opened.expect("it ends").map(drop).unwrap_err();
+            assert_eq!(error.kind(), Kind::Unavailable);
+            assert!(error.message().contains("not answered"), "{error}");
+        });
+    }
+}

@@ -2,12 +2,14 @@
 
 mod crash;
 mod damage;
+mod hang;
 mod integrity;
 mod life;
 mod marks;
 mod membership;
 mod model;
 mod places;
+mod resync;
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -22,7 +24,7 @@ use crate::disk::sim::{Media, SimDriver};
 use crate::ids::{CmkId, CustomerId, InstallationId, PhysicalExtent};
 use crate::keys::WrappedKey;
 use crate::limits::BLOCK;
-use crate::runtime::{Runtime, sleep};
+use crate::runtime::{Runtime, sleep, timeout};
 use crate::secret::Secret;
 use crate::store::tests::format_small;
 use crate::store::{self, Expect, ExtentEntry, FormatOptions, StoreHandle, VolumeRecord, VolumeSlot};
@@ -305,8 +307,8 @@ where
             };
             let result = work(stores.clone()).await;
             for io in &stores.ios {
-                // A faulty store has nothing to close; else no write is left under way.
-                let _ = io.handle().close().await;
+                // A faulty store has nothing to close, and one that hangs never ends; else no write is left under way.
+                let _ = timeout(Duration::from_secs(1000), io.handle().close()).await;
             }
             result
         };

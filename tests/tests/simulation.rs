@@ -1,0 +1,57 @@
+//! The simulated world's bounded set: at least 500 seeds, the same ones every time. `make soak` runs on from there.
+
+use vold_tests::scale;
+use vold_tests::sim::{Faults, Report, Size, run, run_one};
+
+/// Threads of the seeds' tests: each takes every so many seeds.
+const SHARES: u64 = 4;
+
+fn share(number: u64) {
+    let mut total = Report::default();
+    for seed in (number..scale(512, 4096)).step_by(SHARES as usize) {
+        let report = run_one(seed);
+        total.crash_points += report.crash_points;
+        total.flips += report.flips;
+        total.destroyed += report.destroyed;
+        total.acknowledged += report.acknowledged;
+    }
+    println!("share {number} of {SHARES}: {total:?}");
+    // A world in which nothing happens promises nothing.
+    assert!(
+        total.crash_points > 300 && total.flips > 50 && total.destroyed > 30,
+        "{total:?}"
+    );
+}
+
+#[test]
+fn no_promise_is_broken_by_seeds_of_the_first_share() {
+    share(0);
+}
+
+#[test]
+fn no_promise_is_broken_by_seeds_of_the_second_share() {
+    share(1);
+}
+
+#[test]
+fn no_promise_is_broken_by_seeds_of_the_third_share() {
+    share(2);
+}
+
+#[test]
+fn no_promise_is_broken_by_seeds_of_the_fourth_share() {
+    share(3);
+}
+
+#[test]
+fn a_seed_replays_call_by_call_with_and_without_a_trace() {
+    for seed in 0..10 {
+        let hash = |trace| {
+            let report = run(seed, Size::default(), Faults::default(), trace);
+            report.unwrap_or_else(|failure| panic!("{failure}"))
+        };
+        assert_eq!(hash(false), hash(true), "seed {seed}");
+    }
+    let [a, b] = [0, 1].map(|seed| run_one(seed).trace_hash);
+    assert_ne!(a, b);
+}
