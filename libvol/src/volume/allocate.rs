@@ -81,7 +81,10 @@ impl Core {
     }
 
     fn marks_full(&self) -> bool {
-        self.dirty.borrow().len() >= self.tuning.dirty_extents_max
+        let dirty = self.dirty.borrow();
+        // The cleaner gives back none of the others.
+        let cleanable = || dirty.iter().filter(|extent| !extent.unread.get()).count();
+        dirty.len() >= self.tuning.dirty_extents_max && cleanable() >= self.tuning.dirty_extents_max
     }
 
     /// This volume has as many marks as it may: waits for the cleaner.

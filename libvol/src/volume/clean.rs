@@ -9,7 +9,7 @@
 //! 4. → Clean.
 //!
 //! A write that comes before step 3 makes its extent Dirty again, and its mark stays; one that comes during step 3 waits
-//! and marks again. An extent with blocks that recovery could not read keeps its mark while there are others: an area that
+//! and marks again. An extent with blocks that recovery could not read keeps its mark: an area that
 //! knows nothing of them would give up for good what the device may return another time. When marks are scarce (this volume has as many as it may, or the store nearly so) the extents that
 //! were written least recently are cleaned, idle or not.
 
@@ -120,11 +120,9 @@ impl Core {
     fn cleanable(&self) -> impl Iterator<Item = Rc<Extent>> + use<> {
         self.prune_dirty();
         let dirty = self.dirty.borrow().clone();
-        let scarce = self.marks_scarce();
-        dirty.into_iter().filter(move |extent| {
-            let keeps = extent.unread.get() && !scarce;
-            extent.state.get() == State::Dirty && extent.pins() == 0 && !keeps
-        })
+        dirty
+            .into_iter()
+            .filter(|extent| extent.state.get() == State::Dirty && extent.pins() == 0 && !extent.unread.get())
     }
 
     /// Gives back the extents without data, and returns the others.
