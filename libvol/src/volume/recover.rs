@@ -204,10 +204,19 @@ impl Core {
         if results.iter().all(|(_, state)| state.as_ref().is_ok_and(agree)) {
             return Ok(());
         }
-        match self.write_members(&members).await.into_iter().next() {
-            None => Ok(()),
-            Some((_, error)) => Err(error.context(format!("volume {}", self.label))),
+        let failed = self.write_members(&members).await;
+        let any = !failed.is_empty();
+        for (replica, error) in failed {
+            if self.in_sync().len() == 1 {
+                return Err(error.context(format!("volume {}", self.label)));
+            }
+            // It does not know the volume any more, or cannot say so: as little to be relied on as one without a table.
+            self.expel(replica, &error.to_string());
         }
+        if any {
+            self.write_down_membership().await;
+        }
+        self.check()
     }
 
     fn adopt(&self, index: ExtentIndex, found: &Found, state: State) {
@@ -453,7 +462,7 @@ enum Area {
 impl Areas {
     fn new(read: Vec<Option<SumAreaRead>>) -> Self {
         let usable = read.into_iter().flatten().filter_map(|area| match area {
-            SumAreaRead::Valid(area) => Some(Area::Valid(area)),
+            SumAreaRead::Valid(area) | SumAreaRead::Torn(area) => Some(Area::Valid(area)),
             SumAreaRead::Blank => Some(Area::Blank),
             // It has no say.
             SumAreaRead::Damaged(_) => None,

@@ -7,6 +7,7 @@ mod life;
 mod marks;
 mod membership;
 mod model;
+mod mutations;
 mod places;
 
 use std::rc::Rc;
