@@ -328,7 +328,7 @@ async fn serve(world: &World, n: usize, seats: &[Seat]) -> Served {
     for (place, store) in ON[n].iter().enumerate() {
         let mut spec = replica(*store, seats[*store].io());
         if is_old(store) {
-            if ON[n].iter().all(|store| is_old(store)) {
+            if ON[n].iter().all(is_old) {
                 return Served::No;
             }
             (spec.state, spec.full_copy) = (Member::Stale, true);
