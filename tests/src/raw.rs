@@ -400,6 +400,11 @@ impl RawStore {
             "checksum area's header of extent {physical}"
         );
         assert_eq!(
+            crc32c::crc32c(&area[SECTOR..SECTOR + 4 * u32_at(&area, 40) as usize]),
+            u32_at(&area, 44),
+            "sums of extent {physical}"
+        );
+        assert_eq!(
             (id_at(&area, 8), u32_at(&area, 24)),
             (dataset, logical),
             "owner of the checksum area of extent {physical}"

@@ -297,6 +297,7 @@ async fn check_extent(
         }
     };
     let blocks = layout.blocks_per_extent() as usize;
+    let mut torn = None;
     let sums = match record.state {
         ExtentState::Free if is_zero(&area) => vec![HOLE; blocks].into(),
         ExtentState::Free => {
@@ -306,6 +307,12 @@ async fn check_extent(
         _ if record.dirty => return (Vec::new(), None),
         _ => match sums::decode(layout, &area, record.dataset, record.logical) {
             SumAreaRead::Valid(area) => area.sums,
+            SumAreaRead::Torn(area) => {
+                torn = Some(Finding::damage(format!(
+                    "extent {extent}: checksum area, of {owner}: its sums are not those that it was written with"
+                )));
+                area.sums
+            }
             SumAreaRead::Blank => vec![HOLE; blocks].into(),
             SumAreaRead::Damaged(why) => {
                 return (
@@ -318,7 +325,7 @@ async fn check_extent(
         },
     };
     let first = u64::from(record.logical.0) * blocks as u64;
-    let (mut findings, mut wrong) = (Vec::new(), 0);
+    let (mut findings, mut wrong) = (Vec::from_iter(torn), 0);
     for span in (0..blocks).step_by(SPAN_BYTES / BLOCK_SIZE) {
         let len = (blocks - span).min(SPAN_BYTES / BLOCK_SIZE) * BLOCK_SIZE;
         let at = layout.data_at(extent) + (span * BLOCK_SIZE) as u64;

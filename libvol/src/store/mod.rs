@@ -276,8 +276,10 @@ pub struct SumArea {
 /// What a checksum area on disk turned out to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SumAreaRead {
-    /// A valid header that names this dataset and extent.
+    /// A valid header that names this dataset and extent, and the sums that it was written with.
     Valid(SumArea),
+    /// Such a header, and other sums: a write of the area was torn, or they are damaged.
+    Torn(SumArea),
     /// All zero: never written since the extent was freed (every block is a hole, unless marked dirty).
     Blank,
     /// Neither; the text says what is wrong.

@@ -1,7 +1,8 @@
 //! Checksum areas: a header sector that says whose sums these are, and one sum a block.
 //!
-//! The header's CRC covers the header only: it changes atomically with its sector, and the sums vouch for themselves
-//! against the data. So a torn write of an area leaves a valid header and some old sums, which recovery can use.
+//! The header's CRC covers the header only: it changes atomically with its sector. So a torn write of an area leaves a valid
+//! header and some old sums, which recovery can use. A sum vouches for itself against the data, but "hole" does not (a
+//! sector of sums that is lost says so, too, and holes are not read), so the header has a CRC of the sums as well.
 
 use super::layout::{Layout, SUM_HEADER_BYTES};
 use super::wire::{crc32c, is_zero, structure};
@@ -17,7 +18,8 @@ structure! {
     KEY_VERSION "key version" 28 4,
     SEQUENCE "sequence" 32 8,
     BLOCKS "block count" 40 4,
-    RESERVED "reserved" 44 464,
+    SUMS_CRC "crc of the sums" 44 4,
+    RESERVED "reserved" 48 460,
     CRC "crc" 508 4,
 }
 
@@ -36,13 +38,14 @@ pub(super) fn encode(layout: &Layout, area: &SumArea, out: &mut [u8]) {
     fields::KEY_VERSION.put_u32(header, area.key_version.0);
     fields::SEQUENCE.put_u64(header, area.sequence);
     fields::BLOCKS.put_u32(header, blocks);
-    let crc = crc32c(&header[..fields::CRC.at]);
-    fields::CRC.put_u32(header, crc);
     let (used, rest) = sums.split_at_mut(4 * blocks as usize);
     for (room, sum) in used.as_chunks_mut::<4>().0.iter_mut().zip(&area.sums) {
         *room = sum.to_le_bytes();
     }
     rest.fill(0);
+    fields::SUMS_CRC.put_u32(header, crc32c(used));
+    let crc = crc32c(&header[..fields::CRC.at]);
+    fields::CRC.put_u32(header, crc);
 }
 
 /// Whose area it is, if the header is valid.
@@ -75,17 +78,24 @@ pub(super) fn decode(layout: &Layout, bytes: &[u8], dataset: DatasetId, logical:
         }
         Ok(_) => {}
     }
-    let sums = bytes[SUM_HEADER_BYTES..].as_chunks::<4>().0;
-    SumAreaRead::Valid(SumArea {
+    let sums = &bytes[SUM_HEADER_BYTES..][..4 * layout.blocks_per_extent() as usize];
+    let whole = crc32c(sums) == fields::SUMS_CRC.u32(bytes);
+    let area = SumArea {
         dataset,
         logical,
         sequence: fields::SEQUENCE.u64(bytes),
         key_version: KeyVersion(fields::KEY_VERSION.u32(bytes)),
-        sums: sums[..layout.blocks_per_extent() as usize]
+        sums: sums
+            .as_chunks::<4>()
+            .0
             .iter()
             .map(|sum| u32::from_le_bytes(*sum))
             .collect(),
-    })
+    };
+    match whole {
+        true => SumAreaRead::Valid(area),
+        false => SumAreaRead::Torn(area),
+    }
 }
 
 #[cfg(test)]
@@ -117,6 +127,11 @@ mod tests {
         assert!(matches!(
             read(&bytes, DatasetId::random(), area.logical),
             SumAreaRead::Damaged(_)
+        ));
+        bytes[512..1024].fill(0);
+        assert!(matches!(
+            read(&bytes, area.dataset, area.logical),
+            SumAreaRead::Torn(torn) if torn.sums[127..] == area.sums[127..] || torn.sums[128..] == area.sums[128..]
         ));
         bytes[30] ^= 1;
         assert!(matches!(

@@ -296,7 +296,7 @@ impl Core {
     fn areas_differ(&self, extent: &Extent, areas: &[Option<SumAreaRead>]) -> bool {
         let valid = |area: &Option<SumAreaRead>| match area {
             Some(SumAreaRead::Valid(area)) => Some((area.sequence, area.sums.clone())),
-            Some(SumAreaRead::Blank | SumAreaRead::Damaged(_)) | None => None,
+            Some(SumAreaRead::Torn(_) | SumAreaRead::Blank | SumAreaRead::Damaged(_)) | None => None,
         };
         let right = if extent.has_sums() {
             let known = extent.copy_sums();

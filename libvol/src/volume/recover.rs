@@ -455,7 +455,7 @@ enum Area {
 impl Areas {
     fn new(read: Vec<Option<SumAreaRead>>) -> Self {
         let usable = read.into_iter().flatten().filter_map(|area| match area {
-            SumAreaRead::Valid(area) => Some(Area::Valid(area)),
+            SumAreaRead::Valid(area) | SumAreaRead::Torn(area) => Some(Area::Valid(area)),
             SumAreaRead::Blank => Some(Area::Blank),
             // It has no say.
             SumAreaRead::Damaged(_) => None,

@@ -10,6 +10,7 @@
 //! | on all replicas, equal | those | – |
 //! | on some; the others older, blank or damaged | those | extent is marked, so that the cleaner writes all areas anew |
 //! | on several, but an entry differs | the one that the data of some replica matches, if that is one | likewise |
+//! | on some, none of them whole | theirs; where they differ or say hole, as in the row before | likewise |
 //! | none, and one cannot be read | none: EIO, and the next request tries again | – |
 //! | none | none: every block counts as damaged ([`UNKNOWN`]) until it is written again | – |
 //!
@@ -119,7 +120,7 @@ impl Core {
 
     async fn load_areas(self: &Rc<Self>, extent: &Rc<Extent>) -> Result<()> {
         let areas = self.read_areas(extent).await?;
-        let newest = areas.iter().filter_map(valid).map(|area| area.sequence).max();
+        let newest = areas.iter().filter_map(dated).map(|area| area.sequence).max();
         let Some(newest) = newest else {
             if areas.iter().any(Option::is_none) {
                 // It may be readable another time; giving up on its sums could not be undone.
@@ -136,18 +137,21 @@ impl Core {
                 .put(extent, vec![UNKNOWN; self.shape.blocks as usize].into());
             return Ok(());
         };
-        let current: Vec<&SumArea> = areas
-            .iter()
-            .filter_map(valid)
-            .filter(|area| area.sequence == newest)
-            .collect();
+        let is_newest = |area: &&SumArea| area.sequence == newest;
+        let whole: Vec<&SumArea> = areas.iter().filter_map(valid).filter(is_newest).collect();
+        let torn = whole.is_empty();
+        let current: Vec<&SumArea> = match torn {
+            true => areas.iter().filter_map(dated).filter(is_newest).collect(),
+            false => whole,
+        };
         let mut sums = current[0].sums.clone();
-        let mut repair = current.len() < areas.len();
-        if current.iter().any(|area| area.sums != sums) {
+        let mut repair = torn || current.len() < areas.len();
+        if torn || current.iter().any(|area| area.sums != sums) {
             repair = true;
             for block in 0..self.shape.blocks {
                 let entries: Vec<u32> = current.iter().map(|area| area.sums[block as usize]).collect();
-                if entries.iter().any(|entry| *entry != entries[0]) {
+                // A hole of an area that is not whole may be a lost sum.
+                if entries.iter().any(|entry| *entry != entries[0]) || (torn && entries[0] == HOLE) {
                     sums[block as usize] = self.settle_entry(extent, block, &entries).await?;
                 }
             }
@@ -181,7 +185,9 @@ impl Core {
         for (replica, result) in results.into_iter() {
             let why = match result {
                 // The store checks the header; that it has one sum a block is part of its format.
-                Ok(SumAreaRead::Valid(area)) if area.sums.len() != self.shape.blocks as usize => {
+                Ok(SumAreaRead::Valid(area) | SumAreaRead::Torn(area))
+                    if area.sums.len() != self.shape.blocks as usize =>
+                {
                     "it is for another extent size".to_owned()
                 }
                 Ok(SumAreaRead::Damaged(why)) => why,
@@ -249,9 +255,18 @@ impl Core {
     }
 }
 
+/// A whole area.
 fn valid(area: &Option<SumAreaRead>) -> Option<&SumArea> {
     match area {
         Some(SumAreaRead::Valid(area)) => Some(area),
+        Some(SumAreaRead::Torn(_) | SumAreaRead::Blank | SumAreaRead::Damaged(_)) | None => None,
+    }
+}
+
+/// An area that says how old it is.
+fn dated(area: &Option<SumAreaRead>) -> Option<&SumArea> {
+    match area {
+        Some(SumAreaRead::Valid(area) | SumAreaRead::Torn(area)) => Some(area),
         Some(SumAreaRead::Blank | SumAreaRead::Damaged(_)) | None => None,
     }
 }

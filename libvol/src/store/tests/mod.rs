@@ -8,6 +8,7 @@ mod inspect;
 mod life;
 mod lineage;
 mod lost;
+mod mutations;
 mod real;
 mod syncs;
 
@@ -159,4 +160,22 @@ pub(super) async fn fill(
 
 pub(super) fn attach(store: &StoreHandle) -> Rc<StoreIo> {
     StoreIo::attach(store).unwrap()
+}
+
+/// The regions of a store of [`format_small`]: superblocks, slots, log, table, checksum areas, data; offset and length.
+pub(crate) fn regions_small(size_bytes: u64, extent_bytes: u64) -> [(u64, u64); 6] {
+    let layout = layout::Layout::plan(size_bytes, extent_bytes, SIZES).unwrap();
+    let superblocks = layout::Region {
+        at: 0,
+        len: layout::SUPERBLOCK_REGION,
+    };
+    [
+        superblocks,
+        layout.slot_region,
+        layout.log,
+        layout.table,
+        layout.sums,
+        layout.data,
+    ]
+    .map(|region| (region.at, region.len))
 }

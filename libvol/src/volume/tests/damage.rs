@@ -202,6 +202,49 @@ fn an_extent_that_has_lost_every_area_gives_eio_until_it_is_written() {
 }
 
 #[test]
+fn a_lost_sector_of_sums_is_no_hole() {
+    for replicas in [1, 2] {
+        simulate(replicas, async move |stores| {
+            let bytes = pattern(5, 3 * BLOCK as usize);
+            cleaned(&stores, &bytes).await;
+            damage_area(&stores, 0, 0, |area| area[512..1024].fill(0)).await;
+            let volume = stores.volume(EXTENT_BYTES, IDLE).await;
+            if replicas == 2 {
+                assert!(read_all_ways(&volume, 0, bytes.len()).await == bytes);
+                return;
+            }
+            for block in 0..3 {
+                let error = read(&volume, block * BLOCK, 1).await.unwrap_err();
+                assert_eq!(error.kind(), Kind::Io, "block {block}: not zeros");
+            }
+            assert_eq!(
+                read(&volume, 3 * BLOCK, 1).await.unwrap(),
+                [0],
+                "its data bears it out"
+            );
+        });
+    }
+}
+
+#[test]
+fn a_replica_that_does_not_know_the_volume_any_more_is_dropped_and_the_other_serves() {
+    let mut media = fresh(2, 80);
+    let [_, _, _, (table, len), ..] = crate::store::tests::regions_small(STORE_BYTES, EXTENT_BYTES);
+    // Both copies of the page with the volume's record.
+    for copy in [table, table + len / 2] {
+        media[1].overwrite(copy + 100, &[0x77; 64]);
+    }
+    let served = with_stores(1, media, async |stores| {
+        let volume = stores.volume(EXTENT_BYTES, IDLE).await;
+        assert_eq!(stores.register.state(1), Member::Stale);
+        write(&volume, 0, &pattern(5, 100)).await.unwrap();
+        assert!(read(&volume, 0, 100).await.unwrap() == pattern(5, 100));
+        volume.close().await.unwrap();
+    });
+    served.0.unwrap();
+}
+
+#[test]
 fn a_lost_write_of_a_block_is_damage_in_both_directions() {
     simulate(2, async |stores| {
         let volume = stores.volume(EXTENT_BYTES, IDLE).await;

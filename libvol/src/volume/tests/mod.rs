@@ -8,6 +8,7 @@ mod life;
 mod marks;
 mod membership;
 mod model;
+mod mutations;
 mod places;
 mod resync;
 
