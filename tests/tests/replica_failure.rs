@@ -190,6 +190,8 @@ fn a_faulty_store_is_out_of_use_until_an_operator_reopens_it_and_then_catches_up
     let status = vold.ctl("status")["warnings"].to_string();
     assert!(status.contains("\\\"b\\\" is faulty"), "{status}");
     assert!(status.contains("acme/vol: its replica on store"), "{status}");
+    // A resize does without it, too.
+    vold.ctl("volume resize acme/vol --size 40M");
     // The device is well again; nobody uses the store before the operator says so.
     limit_files(&vold, "unlimited");
     write_all(&mut client, 300);

@@ -9,7 +9,7 @@ use std::process::{Command, Output, Stdio};
 use fake::FakeDaemon;
 use serde_json::{Value, json};
 
-const STORE: &str = r#"{"name":"a","id":"5f0c","path":"/srv/a","zone":"a","state":"online","reason":null,
+const STORE: &str = r#"{"name":"a","id":"5f0c","path":"/srv/a","zone":"a","state":"online","reason":null,"replicas":0,
     "medium":"in_place","medium_reason":"ext4","extent_bytes":4194304,"total_bytes":8388608,"free_bytes":8388608,
     "pending_scrub_bytes":0,"allocated_bytes":0}"#;
 

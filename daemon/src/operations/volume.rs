@@ -251,15 +251,29 @@ impl Operations {
     /// Makes a size durable on all stores and in the catalog, then known to the open volume.
     pub(super) async fn set_size(&self, record: &VolumeRecord, size: u64) -> Result<()> {
         let id = record.id;
-        for (_, handle) in self.stores_at_hand(record) {
+        let (mut told, mut failed) = (false, None);
+        for (replica, handle) in self.stores_at_hand(record) {
             let grown = Change::SetSize {
                 volume: id,
                 size_bytes: size,
             };
-            self.shards
+            let name = handle.info().name.clone();
+            let written = self
+                .shards
                 .of_store(handle.info().id)
                 .call(move |_| async move { handle.commit(vec![grown]).await })
-                .await?;
+                .await;
+            match written {
+                Ok(()) => told |= replica.state == Member::InSync,
+                // It hears of the size when it catches up, or at the next start.
+                Err(e) => {
+                    tracing::warn!(volume = %record.path, store = %name, "not told of the new size: {e}");
+                    failed = failed.or(Some(e));
+                }
+            }
+        }
+        if let Some(e) = failed.filter(|_| !told) {
+            return Err(e);
         }
         self.change(|tx| {
             let mut record = tx
@@ -508,8 +522,12 @@ impl Operations {
     pub(super) async fn settle_size(&self, record: &VolumeRecord) -> Result<VolumeRecord> {
         let mut sizes = Vec::new();
         for (_, handle) in self.stores_at_hand(record) {
-            if let store::VolumeState::Live(facts, _) = self.state_on(&handle, record.id).await? {
-                sizes.push(facts.size_bytes);
+            match self.state_on(&handle, record.id).await {
+                Ok(store::VolumeState::Live(facts, _)) => sizes.push(facts.size_bytes),
+                Ok(_) => {}
+                Err(e) => {
+                    tracing::warn!(volume = %record.path, store = %handle.info().name, "does not tell its size: {e}");
+                }
             }
         }
         let largest = settled_size(&record.path, record.size_bytes, &sizes)?;
