@@ -55,3 +55,10 @@ fn a_seed_replays_call_by_call_with_and_without_a_trace() {
     let [a, b] = [0, 1].map(|seed| run_one(seed).trace_hash);
     assert_ne!(a, b);
 }
+
+/// A release was under way on a replica that stopped catching up and began anew: the extent's place was given to another one
+/// and believed to be still its own.
+#[test]
+fn a_seed_that_found_a_place_believed_to_be_two_extents_stays_clean() {
+    run_one(21363);
+}

@@ -112,7 +112,7 @@ pub(crate) async fn run(session: &Session, command: Command) -> Result<(), Failu
             let done: Done = session.client.delete(&path).await?;
             session.done(
                 &done,
-                &format!("store \"{name}\" given up as lost; its replicas are being replaced: volctl store show {name}"),
+                &format!("store \"{name}\" given up as lost; its replicas are being replaced (volctl status shows what is left), then it is forgotten"),
             )
         }
         Command::Remove { name, lost: false } => {
@@ -144,6 +144,15 @@ async fn drained(session: &Session, mut store: Store) -> Result<Store, Failure> 
     }
     match store.state {
         StoreState::Drained => Ok(store),
+        StoreState::Offline | StoreState::Faulty => Err(Failure::new(
+            Kind::Unavailable,
+            format!(
+                "store \"{}\" is {} ({}); the drain goes on by itself when it is back, and --wait can be repeated",
+                store.name,
+                word(&store.state),
+                store.reason.as_deref().unwrap_or("no reason known")
+            ),
+        )),
         _ => Err(Failure::new(
             Kind::Unavailable,
             format!(

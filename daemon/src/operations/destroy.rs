@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use libvol::catalog::{
-    DestroyRecord, DestroyedStore, Phase, ScrubRecord, StoreRecord, Tombstone, VolumeRecord,
+    DestroyRecord, DestroyedStore, Leaving, Phase, ScrubRecord, StoreRecord, Tombstone, VolumeRecord,
 };
 use libvol::control::{self, DestroyState, DestroyStep};
 use libvol::destroy::{self, Ledger, Outcome, Part, Reached};
@@ -65,17 +65,26 @@ impl Operations {
             if tx.get::<ScrubRecord>(volume.id)?.is_some() {
                 tx.remove::<ScrubRecord>(volume.id)?;
             }
+            let is_lost = |store: StoreId| {
+                let record = tx.get::<StoreRecord>(store)?;
+                Ok(record.is_some_and(|store| store.leaving == Some(Leaving::Lost)))
+            };
+            let lost: Vec<bool> = stores
+                .iter()
+                .map(|store| is_lost(*store))
+                .collect::<Result<_>>()?;
             tx.insert(&DestroyRecord {
                 volume: volume.id,
                 path: volume.path.clone(),
                 customer: volume.customer,
                 stores: stores
                     .iter()
-                    .map(|store| DestroyedStore {
+                    .zip(lost)
+                    .map(|(store, lost)| DestroyedStore {
                         store: *store,
                         extents: 0,
                         done: false,
-                        lost: false,
+                        lost,
                     })
                     .collect(),
                 started_unix_seconds: unix_seconds(),

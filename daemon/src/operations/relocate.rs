@@ -80,10 +80,7 @@ impl Operations {
         let record = self.change(|tx| {
             let mut record = store_named(tx, name)?;
             if record.leaving == Some(Leaving::Lost) {
-                return Err(Error::invalid(format!(
-                    "store {:?} was given up as lost",
-                    name.as_str()
-                )));
+                return Err(Error::invalid(lost(name)));
             }
             record.leaving = (!cancel).then_some(Leaving::Draining);
             tx.update(&record)?;
@@ -91,7 +88,11 @@ impl Operations {
         })?;
         match cancel {
             false => tracing::info!(store = %name, "drained from now on"),
-            true => tracing::info!(store = %name, "no longer drained"),
+            true => {
+                tracing::info!(store = %name, "no longer drained");
+                // What has left it goes all the same.
+                self.clear_out_or_warn(&record).await;
+            }
         }
         Ok(self.store_shown(record))
     }
@@ -117,11 +118,17 @@ impl Operations {
             self.close_store(&handle).await;
         }
         let unfinished = self.change(|tx| {
+            let stores = tx.all::<StoreRecord>()?;
+            let lost: HashSet<StoreId> = stores
+                .iter()
+                .filter(|store| store.leaving == Some(Leaving::Lost))
+                .map(|store| store.id)
+                .collect();
             let only_here: Vec<String> = tx
                 .all::<VolumeRecord>()?
                 .iter()
                 .filter(|volume| volume.phase == Phase::Ready)
-                .filter(|volume| is_last_in_sync(volume, record.id))
+                .filter(|volume| is_last_in_sync(volume, record.id, &lost))
                 .map(|volume| volume.path.to_string())
                 .collect();
             if !only_here.is_empty() {
@@ -165,37 +172,46 @@ impl Operations {
                 self.note_blocked(volume.id, None);
                 continue;
             }
-            let stepped = self.step(volume.id, leaving).await;
-            if let Err(e) = &stepped {
-                tracing::debug!(volume = %volume.path, "a replica cannot move: {e}");
+            match self.step(volume.id, leaving).await {
+                Ok(left) => {
+                    self.note_blocked(volume.id, None);
+                    if let Some(store) = left.and_then(|id| stores.iter().find(|store| store.id == id)) {
+                        self.clear_out_or_warn(store).await;
+                    }
+                }
+                Err(e) => {
+                    tracing::debug!(volume = %volume.path, "a replica cannot move: {e}");
+                    self.note_blocked(volume.id, Some(e.to_string()));
+                }
             }
-            self.note_blocked(volume.id, stepped.err().map(|e| e.to_string()));
         }
         for store in &stores {
-            let cleared = match store.leaving {
-                None => Ok(()),
-                Some(Leaving::Draining) => self.clear_out(store).await,
-                Some(Leaving::Lost) => self.forget_lost(store).await,
-            };
-            if let Err(e) = cleared {
-                tracing::warn!(store = %store.name, "cannot be emptied yet: {e}");
+            match store.leaving {
+                None => {}
+                Some(Leaving::Draining) => self.clear_out_or_warn(store).await,
+                Some(Leaving::Lost) => {
+                    if let Err(e) = self.forget_lost(store).await {
+                        tracing::warn!(store = %store.name, "cannot be forgotten yet: {e}");
+                    }
+                }
             }
         }
         Ok(())
     }
 
+    /// One step of a volume; the store that a replica has left, if that was it.
     async fn step(
         self: &Arc<Self>,
         id: VolumeId,
         leaving: impl Fn(StoreId) -> Option<Leaving>,
-    ) -> Result<()> {
+    ) -> Result<Option<StoreId>> {
         let _lock = self.volume_locks.lock(id).await;
         let record = self.look(|view| view.get::<VolumeRecord>(id))?;
         let Some(record) = record.filter(|record| record.phase == Phase::Ready) else {
-            return Ok(());
+            return Ok(None);
         };
         let target = match next_step(&record, &leaving) {
-            Step::Wait => return Ok(()),
+            Step::Wait => return Ok(None),
             Step::Leave(_) => None,
             Step::TakeIn => Some(self.target(&record, &leaving).await?),
         };
@@ -208,8 +224,10 @@ impl Operations {
         let record = self
             .look(|view| view.get::<VolumeRecord>(id))?
             .ok_or_else(|| Error::internal(format!("volume {id} is gone from the catalog")))?;
+        let mut left = None;
         match (next_step(&record, &leaving), target) {
             (Step::Leave(place), _) => {
+                left = Some(record.replicas[place].store);
                 let store = self.store_name(record.replicas[place].store);
                 self.shards
                     .of_volume(id)
@@ -225,13 +243,15 @@ impl Operations {
                     .call(move |registry| async move { registry.add_replica(id, store, name).await })
                     .await?;
             }
-            (Step::TakeIn, None) | (Step::Wait, _) => return Ok(()),
+            (Step::TakeIn, None) | (Step::Wait, _) => return Ok(None),
         }
         let record = self.look(|view| view.get::<VolumeRecord>(id))?;
-        match record {
-            Some(record) => self.settle_slots(&record).await,
-            None => Ok(()),
+        if let Some(record) = record
+            && let Err(e) = self.settle_slots(&record).await
+        {
+            tracing::warn!(volume = %record.path, "a slot keeps an older list of stores: {e}");
         }
+        Ok(left)
     }
 
     /// The store that takes a volume's next replica: of another zone than the replicas that stay, with extents of the same
@@ -314,44 +334,86 @@ impl Operations {
         Ok(())
     }
 
-    /// What volumes that have moved, or were destroyed, left on a store.
+    /// As [`Operations::clear_out`]; what fails is tried again when the store is opened.
+    pub(super) async fn clear_out_or_warn(&self, store: &StoreRecord) {
+        if let Err(e) = self.clear_out(store).await {
+            tracing::warn!(store = %store.name, "what volumes have left there stays for now: {e}");
+        }
+    }
+
+    /// What volumes that have moved, or were destroyed, left on a store; also where that was begun and interrupted. One that
+    /// fails does not keep the others.
+    ///
+    /// # Errors
+    /// The first one's.
     pub(super) async fn clear_out(&self, store: &StoreRecord) -> Result<()> {
         let Ok(handle) = self.open_store(store) else {
             return Ok(());
         };
         let asked = handle.clone();
+        let left = self.shards.of_store(store.id).call(move |_| async move {
+            let mut left = asked.volumes().await?;
+            left.extend(asked.remains().await?);
+            Ok(left)
+        });
+        let mut failed = None;
+        for id in left.await? {
+            if let Err(e) = self.clear_out_volume(store, &handle, id).await {
+                failed = failed.or(Some(e.context(format!("volume {id}"))));
+            }
+        }
+        failed.map_or(Ok(()), Err)
+    }
+
+    async fn clear_out_volume(&self, store: &StoreRecord, handle: &StoreHandle, id: VolumeId) -> Result<()> {
+        let _lock = self.volume_locks.lock(id).await;
+        let (volume, destroyed) =
+            self.look(|view| Ok((view.get::<VolumeRecord>(id)?, view.get::<Tombstone>(id)?)))?;
         let shard = self.shards.of_store(store.id);
-        let left = shard.call(move |_| async move { asked.volumes().await }).await?;
-        for id in left {
-            let _lock = self.volume_locks.lock(id).await;
-            let (volume, destroyed) =
-                self.look(|view| Ok((view.get::<VolumeRecord>(id)?, view.get::<Tombstone>(id)?)))?;
-            let away = |volume: &VolumeRecord| volume.phase == Phase::Ready && !volume.is_on(store.id);
-            let handle = handle.clone();
-            match (volume, destroyed) {
-                (Some(volume), _) if away(&volume) => {
+        let here = handle.clone();
+        match (volume, destroyed) {
+            (Some(volume), _) if volume.phase == Phase::Ready && !volume.is_on(store.id) => {
+                let is_left = match self.state_on(handle, id).await? {
                     // A store that knows of a newer membership has something to say; the catalog is then the older one.
-                    let here = self.state_on(&handle, id).await?;
-                    let older =
-                        |record: &store::VolumeRecord| record.membership_epoch < volume.membership_epoch;
-                    if !matches!(&here, store::VolumeState::Live(record, _) if older(record)) {
-                        continue;
+                    store::VolumeState::Live(record, _) => {
+                        record.membership_epoch < volume.membership_epoch
+                            && self.is_whole_elsewhere(&volume).await
                     }
+                    store::VolumeState::Tombstoned { given_up, .. } => given_up,
+                    store::VolumeState::Unknown => false,
+                };
+                if is_left {
                     shard
-                        .call(move |_| async move { handle.give_up_volume(id).await })
+                        .call(move |_| async move { here.give_up_volume(id).await })
                         .await?;
                     tracing::info!(volume = %volume.path, store = %store.name, "what it left there is being overwritten");
                 }
-                (None, Some(_)) => {
-                    shard
-                        .call(move |_| async move { handle.destroy_volume(id).await })
-                        .await?;
-                }
-                // In use, being made or destroyed; or unknown, and then not ours to judge.
-                _ => {}
+                Ok(())
+            }
+            (None, Some(_)) => {
+                shard
+                    .call(move |_| async move { here.destroy_volume(id).await })
+                    .await
+            }
+            // In use, being made or destroyed; or unknown, and then not ours to judge.
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether a replica that can be relied on is at hand: only then what another one has left may go.
+    async fn is_whole_elsewhere(&self, volume: &VolumeRecord) -> bool {
+        for (replica, handle) in self.stores_at_hand(volume) {
+            if replica.state == Member::InSync
+                && !replica.full_copy
+                && matches!(
+                    self.state_on(&handle, volume.id).await,
+                    Ok(store::VolumeState::Live(..))
+                )
+            {
+                return true;
             }
         }
-        Ok(())
+        false
     }
 
     /// A lost store's record goes with the last replica on it.
@@ -375,19 +437,20 @@ impl Operations {
         Ok(())
     }
 
-    /// The stores that a volume is to be destroyed on: its replicas', and those that one has just left.
+    /// The stores that a volume is to be destroyed on: its replicas', and others in use that still have something of it. (One
+    /// that a replica has left and that is away destroys what is there when it is next opened.)
     pub(super) async fn stores_to_destroy_on(&self, volume: &VolumeRecord) -> Result<Vec<StoreId>> {
         let mut stores: Vec<StoreId> = volume.held().map(|(_, replica)| replica.store).collect();
-        let leaving = self.look(|view| view.all::<StoreRecord>())?;
-        for store in leaving
-            .iter()
-            .filter(|store| store.leaving == Some(Leaving::Draining))
-        {
+        for store in &self.look(|view| view.all::<StoreRecord>())? {
             if stores.contains(&store.id) {
                 continue;
             }
+            // One that cannot say is asked by the job itself.
             if let Ok(handle) = self.open_store(store)
-                && self.state_on(&handle, volume.id).await? != store::VolumeState::Unknown
+                && !matches!(
+                    self.state_on(&handle, volume.id).await,
+                    Ok(store::VolumeState::Unknown)
+                )
             {
                 stores.push(store.id);
             }
@@ -419,12 +482,21 @@ impl Operations {
     }
 }
 
-/// Whether nobody else has all acknowledged writes of a volume.
-fn is_last_in_sync(volume: &VolumeRecord, store: StoreId) -> bool {
-    let mut in_sync = volume
-        .held()
-        .filter(|(_, replica)| replica.state == Member::InSync);
-    in_sync.all(|(_, replica)| replica.store == store) && volume.is_on(store)
+/// What is said of a store that was given up.
+pub(super) fn lost(name: &Name) -> String {
+    format!(
+        "store {:?} was given up as lost; its replicas are being replaced, and then it goes by itself: volctl status",
+        name.as_str()
+    )
+}
+
+/// Whether nobody else has all acknowledged writes of a volume; nobody on a lost store counts.
+fn is_last_in_sync(volume: &VolumeRecord, store: StoreId, lost: &HashSet<StoreId>) -> bool {
+    let whole = |replica: &ReplicaRecord| {
+        replica.state == Member::InSync && !replica.full_copy && !lost.contains(&replica.store)
+    };
+    let mut others = volume.held().filter(|(_, replica)| replica.store != store);
+    volume.is_in_sync_on(store) && !others.any(|(_, replica)| whole(replica))
 }
 
 #[cfg(test)]
@@ -518,6 +590,11 @@ mod tests {
     #[test]
     fn the_last_replica_in_sync_is_known_as_such() {
         let (volume, stores) = volume(2, &[InSync, Stale]);
-        assert!(is_last_in_sync(&volume, stores[0]) && !is_last_in_sync(&volume, stores[1]));
+        let none = HashSet::new();
+        assert!(is_last_in_sync(&volume, stores[0], &none) && !is_last_in_sync(&volume, stores[1], &none));
+        // Two stores are given up one after the other.
+        let (volume, stores) = self::volume(2, &[InSync, InSync]);
+        assert!(!is_last_in_sync(&volume, stores[0], &none));
+        assert!(is_last_in_sync(&volume, stores[1], &HashSet::from([stores[0]])));
     }
 }

@@ -21,6 +21,7 @@ use libvol::volume::{Membership, Register};
 use libvol::{Error, Result};
 use tokio::sync::oneshot;
 
+use super::relocate::lost;
 use super::{Operations, Seat, store_named};
 
 /// How often replicas that are out are looked at.
@@ -109,13 +110,16 @@ impl Operations {
                 continue;
             }
             let _lock = self.stores_lock.lock().await;
+            // It may have been given up, removed or opened meanwhile.
+            let unchanged = matches!(self.look(|view| view.get::<StoreRecord>(record.id)), Ok(Some(now)) if now == record);
+            if !unchanged || !matches!(self.seat(record.id), Seat::Closed(_)) {
+                continue;
+            }
             match self.open_recorded(&record, Duration::ZERO).await {
                 Ok(handle) => {
                     tracing::info!(store = %record.name, "back in use");
                     self.set_seat(record.id, Seat::Open(handle));
-                    if let Err(e) = self.clear_out(&record).await {
-                        tracing::warn!(store = %record.name, "what volumes have left there stays for now: {e}");
-                    }
+                    self.clear_out_or_warn(&record).await;
                 }
                 // Logged when it was found out of use; why may have changed.
                 Err(e) => self.set_seat(record.id, Seat::Closed(e.to_string())),
@@ -232,6 +236,9 @@ impl Operations {
     pub(crate) async fn store_reopen(&self, name: &Name) -> Result<control::Store> {
         let _lock = self.stores_lock.lock().await;
         let record = self.look(|view| store_named(view, name))?;
+        if record.leaving == Some(Leaving::Lost) {
+            return Err(Error::invalid(lost(name)));
+        }
         if let Seat::Open(handle) = self.seat(record.id) {
             if handle.fault().is_none() && record.fault.is_none() {
                 return Err(Error::invalid(format!(
@@ -276,7 +283,7 @@ impl Operations {
                 .await
                 .map_err(|e| {
                     Error::busy(format!(
-                        "{e}; it is the last one: detach the volume, or stop vold and use: vold clear-fault --store {}",
+                        "{e}; if it is the last one: detach the volume, or stop vold and use: vold clear-fault --data-dir DIR --store {}",
                         store.name
                     ))
                 })?;

@@ -107,9 +107,7 @@ impl Operations {
     /// What moves that a crash interrupted have left on stores.
     async fn clear_out_stores(&self) -> Result<()> {
         for store in self.look(|view| view.all::<StoreRecord>())? {
-            if let Err(e) = self.clear_out(&store).await {
-                tracing::warn!(store = %store.name, "what volumes have left there stays for now: {e}");
-            }
+            self.clear_out_or_warn(&store).await;
         }
         Ok(())
     }

@@ -113,7 +113,10 @@ impl Operations {
                     warnings.push(format!("store {:?} is offline: {reason}", store.name.as_str()))
                 }
                 StoreState::Faulty => {
-                    warnings.push(format!("store {:?} is faulty: {reason}", store.name.as_str()))
+                    warnings.push(format!(
+                        "store {0:?} is faulty: {reason}; look at the device, then: volctl store reopen {0}",
+                        store.name.as_str()
+                    ))
                 }
             }
             if store.state == StoreState::Online

@@ -22,6 +22,7 @@ use libvol::runtime;
 use libvol::store::{self, FormatOptions, Lineage, StoreHandle};
 use libvol::{Error, Result};
 
+use super::relocate::lost;
 use super::signature::{PROBE_BYTES, recognise};
 use super::{Operations, Seat, store_named};
 use crate::process::{path_error, unix_seconds};
@@ -147,7 +148,7 @@ impl Operations {
     ) -> Result<StoreHandle> {
         if let Some(StoreFault { reason, .. }) = &record.fault {
             return Err(Error::unavailable(format!(
-                "latched faulty: {reason}; look at the device, then stop vold and clear the latch: vold clear-fault --data-dir DIR --store {}",
+                "latched faulty: {reason}; look at the device, then: volctl store reopen {} (with vold stopped: vold clear-fault)",
                 record.name
             )));
         }
@@ -194,6 +195,7 @@ impl Operations {
     /// `NotFound`; `Busy` naming a volume on it.
     pub(crate) async fn store_remove(&self, name: &Name) -> Result<()> {
         let _lock = self.stores_lock.lock().await;
+        self.check_nothing_left(name).await?;
         let id = self.change(|tx| {
             let store = store_named(tx, name)?;
             let used_by = tx
@@ -202,10 +204,9 @@ impl Operations {
                 .find(|volume| volume.is_on(store.id));
             if let Some(volume) = used_by {
                 return Err(Error::busy(format!(
-                    "store {:?} holds a replica of volume {}; move its replicas off first: volctl store drain {}",
+                    "store {0:?} holds a replica of volume {1}; move its replicas off first: volctl store drain {0} (or, if it will not come back: volctl store remove {0} --lost)",
                     name.as_str(),
                     volume.path,
-                    name
                 )));
             }
             let destroying = tx.all::<DestroyRecord>()?.into_iter().find(|job| {
@@ -229,6 +230,47 @@ impl Operations {
         self.drop_seat(id);
         tracing::info!(store = %name, "removed; its file or device is left as it is");
         Ok(())
+    }
+
+    /// Whether what replicas have left on the store is gone.
+    ///
+    /// # Errors
+    /// `Busy` while it is not, or nobody can tell; `Invalid` for a lost store.
+    async fn check_nothing_left(&self, name: &Name) -> Result<()> {
+        let record = self.look(|view| store_named(view, name))?;
+        if record.leaving == Some(Leaving::Lost) {
+            return Err(Error::invalid(lost(name)));
+        }
+        let draining = record.leaving == Some(Leaving::Draining);
+        let Seat::Open(handle) = self.seat(record.id) else {
+            return match draining {
+                false => Ok(()),
+                true => Err(Error::busy(format!(
+                    "store {0:?} is away, and what its replicas left there may not be overwritten; bring it back, or: volctl store remove {0} --lost",
+                    name.as_str()
+                ))),
+            };
+        };
+        let used = self.look(|view| {
+            Ok(view
+                .all::<VolumeRecord>()?
+                .iter()
+                .any(|volume| volume.is_on(record.id)))
+        })?;
+        let space = handle.space();
+        let shard = self.shards.of_store(record.id);
+        let volumes = shard.call(move |_| async move { handle.volumes().await }).await;
+        let left = volumes.is_ok_and(|volumes| !volumes.is_empty())
+            || space.allocated > 0
+            || (draining && space.pending_scrub > 0);
+        // Volumes that use it are named by the removal itself.
+        match left && !used {
+            false => Ok(()),
+            true => Err(Error::busy(format!(
+                "store {0:?}: what replicas or deleted volumes left there is still being overwritten; wait: volctl store drain {0} --wait",
+                name.as_str()
+            ))),
+        }
     }
 
     /// All stores.
@@ -300,7 +342,11 @@ impl Operations {
                 if latched.is_some() {
                     shown.state = control::StoreState::Faulty;
                 }
-                shown.reason = Some(reason);
+                let draining = match record.leaving {
+                    Some(Leaving::Draining) => format!("; draining: {}", self.leaving_shown(&on_it)),
+                    _ => String::new(),
+                };
+                shown.reason = Some(format!("{reason}{draining}"));
             }
         }
         match (record.leaving, shown.state) {

@@ -184,21 +184,37 @@ pub(super) async fn write(
     Ok(())
 }
 
-/// The greatest sequence of the copies that are there.
+/// Writes a slot that is there anew, with the next sequence. A copy that is bad or older is written first, so that the good one
+/// is not risked while it is the only one.
 ///
 /// # Errors
-/// `Io`; `Damaged` when neither copy is a slot.
-pub(super) async fn sequence(shared: &Shared, disk: &Disk, number: u32) -> Result<u64> {
-    let mut greatest = None;
-    for copy in [0, 1] {
-        let at = shared.layout.slot_at(number, copy);
+/// As [`write()`]; `Damaged` when neither copy is a slot.
+pub(super) async fn rewrite(shared: &Shared, disk: &Disk, number: u32, slot: &VolumeSlot) -> Result<()> {
+    let mut sequences = [None; 2];
+    for (copy, sequence) in sequences.iter_mut().enumerate() {
+        let at = shared.layout.slot_at(number, copy as u8);
         let (read, bytes) = disk.read(at, Buf::zeroed(fields::SIZE), 0..fields::SIZE).await;
-        read.map_err(|e| Error::from(e).context(format!("volume slot {number}, copy {}", copy + 1)))?;
-        if let SlotCopy::Valid(sequence, _) = decode(shared.info.id, number, &bytes) {
-            greatest = greatest.max(Some(sequence));
+        // What cannot be read counts as bad.
+        if read.is_ok()
+            && let SlotCopy::Valid(found, _) = decode(shared.info.id, number, &bytes)
+        {
+            *sequence = Some(found);
         }
     }
-    greatest.ok_or_else(|| Error::damaged(format!("volume slot {number}: both copies are bad")))
+    let Some(greatest) = sequences.into_iter().flatten().max() else {
+        return Err(Error::damaged(format!(
+            "volume slot {number}: both copies are bad"
+        )));
+    };
+    let order = if sequences[0] <= sequences[1] {
+        [0, 1]
+    } else {
+        [1, 0]
+    };
+    for copy in order {
+        write_copy(shared, disk, number, copy, greatest + 1, slot).await?;
+    }
+    Ok(())
 }
 
 /// Writes one copy, syncs and reads it back.

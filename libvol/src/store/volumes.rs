@@ -153,8 +153,7 @@ impl Keeper {
         slots::check_fits(&slot)?;
         let number = self.books.borrow().volume(volume).map(|(number, _)| number);
         let number = number.ok_or_else(|| Error::internal(format!("volume {volume} has no record")))?;
-        let sequence = slots::sequence(&self.shared, &self.disk, number).await?;
-        slots::write(&self.shared, &self.disk, number, sequence + 1, &slot).await?;
+        slots::rewrite(&self.shared, &self.disk, number, &slot).await?;
         self.slots.borrow_mut().live.insert(volume, Ok(slot));
         Ok(())
     }

@@ -65,7 +65,18 @@ impl Core {
                     seat.name.borrow()
                 )));
             }
-            Role::InSync => self.begin_leaving(place, "its place is taken over".into()),
+            Role::InSync => {
+                // The others are to show that they can go on alone, before this one is no longer believed.
+                self.sync_all().await?;
+                if self.in_sync().len() == 1 || seat.role.get() != Role::InSync {
+                    return Err(Error::busy(format!(
+                        "volume {}: another replica has just failed; the one on store \"{}\" stays for now",
+                        self.label,
+                        seat.name.borrow()
+                    )));
+                }
+                self.begin_leaving(place, "its place is taken over".into());
+            }
             Role::Joining => self.stop_joining(place, "its place is taken over"),
             Role::Dropping | Role::Stale => {}
         }

@@ -1,6 +1,6 @@
 //! Catching up: a replica that was out of sync comes back.
 //!
-//! 1. What it holds and the volume does not is released on it.
+//! 1. What was under way on it from before has ended; what it holds and the volume does not is released on it.
 //! 2. It becomes Joining. Extents that it cannot have missed count as caught up at once: they are clean, it has them,
 //!    unmarked, and nothing says that it lacks a write. All else is missed, with a full copy everything.
 //! 3. The missed ones, oldest first: marked like for a write, allocated or marked on it, locked whole, and what it lacks
@@ -61,6 +61,12 @@ impl Core {
                 self.label,
                 io.handle().info().name
             )));
+        }
+        // What it was sent while it took part before may not be in its table yet: a release that comes after the look would
+        // take away a place that is then believed to be the extent's.
+        seat.idle.until(|| seat.is_idle().then_some(())).await;
+        if seat.role.get() != Role::Stale || self.stop.get() {
+            return Err(Error::unavailable(format!("volume {} is closing", self.label)));
         }
         seat.full_copy.set(seat.full_copy.get() || full_copy);
         seat.name.replace(io.handle().info().name.to_string());
@@ -320,9 +326,14 @@ impl Core {
         compare: bool,
     ) -> Result<()> {
         let seat = &self.seats[replica];
-        let io = seat.io()?;
+        let join = seat.join.get();
         let len = blocks.len() * BLOCK_SIZE;
         let source = self.read_good(extent, blocks.clone()).await?;
+        // Meanwhile nothing of it was in flight on the replica, so it may have been let go, and its space be another's.
+        if !self.joins(replica, join) {
+            return Err(Error::unavailable("the replica was let go while it caught up"));
+        }
+        let io = seat.io()?;
         let mut wanted = vec![true; blocks.len()];
         if compare {
             let read = seat.guard(async {
