@@ -62,3 +62,10 @@ fn a_seed_replays_call_by_call_with_and_without_a_trace() {
 fn a_seed_that_found_a_place_believed_to_be_two_extents_stays_clean() {
     run_one(21363);
 }
+
+/// A failed sync takes an acknowledged write that was not flushed, and a write after that is refused: what is left of the block is no
+/// value to be read, since a newer one was acknowledged.
+#[test]
+fn a_seed_in_which_a_refused_write_made_an_older_value_readable_stays_clean() {
+    run_one(89391);
+}

@@ -375,11 +375,24 @@ impl Core {
             Err(error) => {
                 if self.check().is_ok() {
                     tracing::error!(volume = %self.label, extent = %extent.index, "a write failed everywhere: {error}");
-                    self.settle_blocks(extent, blocks).await;
+                    if self.takes_writes_somewhere() {
+                        self.settle_blocks(extent, blocks).await;
+                    }
                 }
                 Err(error)
             }
         }
+    }
+
+    /// Whether some replica in sync has a store that is not latched faulty. Where none has, a sync has failed, and with it
+    /// acknowledged writes may have gone that were not flushed: what the devices hold is then no new truth, and blocks that
+    /// do not match their sums are lost, not older.
+    fn takes_writes_somewhere(&self) -> bool {
+        let mut handles = self
+            .in_sync()
+            .iter()
+            .filter_map(|replica| self.seats[replica].handle());
+        handles.any(|handle| handle.fault().is_none())
     }
 
     /// Reads blocks from one replica in sync: the one with the fewest reads in flight.
