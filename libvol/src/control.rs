@@ -23,6 +23,8 @@
 //! | `POST /v1/detach` | [`Detach`] | [`Done`] |
 //! | `POST /v1/scrubs` | [`ScrubStart`] | [`List`] of [`Scrub`] |
 //! | `GET /v1/scrubs` | | [`List`] of [`Scrub`] |
+//! | `GET /v1/audit?after=SEQ&limit=N` | | [`List`] of [`AuditEntry`] |
+//! | `GET /v1/audit/verify` | | [`AuditVerified`] |
 //! | `GET /v1/destroys`, `GET /v1/destroys/{volume_id}` | | [`List`] of [`Destroy`], [`Destroy`] |
 //!
 //! Errors have a 4xx or 5xx status and the body [`ErrorBody`].
@@ -443,6 +445,51 @@ pub struct Destroy {
     pub started_unix_seconds: u64,
     /// Seconds since 1970.
     pub finished_unix_seconds: Option<u64>,
+}
+
+/// How what was asked for ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AuditOutcome {
+    /// It was done.
+    Done,
+    /// It was refused, or failed.
+    Refused,
+}
+
+/// A line of the audit log.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AuditEntry {
+    /// Its number, from 1 without a gap.
+    pub seq: u64,
+    /// Seconds since 1970.
+    pub unix_seconds: u64,
+    /// Who: `uid 0`, or `vold`.
+    pub actor: String,
+    /// What, as `NOUN.VERB`.
+    pub action: String,
+    /// To what.
+    pub subject: String,
+    /// How it ended.
+    pub outcome: AuditOutcome,
+    /// What else there is to say; why it was refused.
+    pub detail: String,
+    /// SHA-256 of the line before, in hexadecimal; zeros before the first.
+    pub previous: String,
+}
+
+/// What a verification of the audit log has found: an unbroken chain.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditVerified {
+    /// Lines.
+    pub entries: u64,
+    /// Number of the first one that is there.
+    pub first: u64,
+    /// Number of the last one.
+    pub last: u64,
+    /// SHA-256 of the last line, in hexadecimal. Kept elsewhere, it vouches for all lines before.
+    pub head: String,
 }
 
 /// `volctl scrub start`: verify now what is stored.

@@ -16,6 +16,7 @@
 //! | [`volume`] | read, write, flush, trim; range lock; replicas; recovery |
 //! | [`catalog`] | durable control-plane records |
 //! | [`tenant`] | pure policy |
+//! | [`audit`] | hash-chained log of what was done |
 //! | [`destroy`] | the destruction job |
 
 pub mod control;
@@ -23,6 +24,8 @@ pub mod error;
 pub mod ids;
 pub mod limits;
 
+#[cfg(feature = "engine")]
+pub mod audit;
 #[cfg(feature = "engine")]
 pub mod buf;
 #[cfg(feature = "engine")]

@@ -99,3 +99,10 @@ pub const VOLUME_RESYNC_EXTENTS: usize = 2;
 pub const REPLICA_DEADLINE_SECONDS: u64 = 30;
 /// Blocks without a good copy that one volume remembers for its counter.
 pub const VOLUME_LOST_BLOCKS_MAX: usize = 65_536;
+
+/// Bytes after which the audit log begins another file.
+pub const AUDIT_FILE_BYTES: u64 = 16 << 20;
+/// Bytes of each text of an audit entry; more is cut off.
+pub const AUDIT_TEXT_BYTES_MAX: usize = 1024;
+/// Entries of the audit log in one answer.
+pub const AUDIT_LIST_MAX: usize = 1000;
