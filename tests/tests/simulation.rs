@@ -69,3 +69,10 @@ fn a_seed_that_found_a_place_believed_to_be_two_extents_stays_clean() {
 fn a_seed_in_which_a_refused_write_made_an_older_value_readable_stays_clean() {
     run_one(89391);
 }
+
+/// A mistake of the world, not of vold: a bit flipped in a sector whose healing was not synced, so that what a cut brought back
+/// was damage that nobody had noted.
+#[test]
+fn a_seed_in_which_healing_that_was_not_synced_was_damaged_again_stays_clean() {
+    run_one(149_806);
+}

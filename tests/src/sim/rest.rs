@@ -91,17 +91,22 @@ impl Damages {
         });
     }
 
-    /// Flips one to three bits of a disk. How many.
+    /// Flips one to three bits of a disk. How many. Sectors with damage outstanding are left alone: after a healing that is not
+    /// synced, reads see one thing, and a cut may bring back another.
     pub fn flip_some(&mut self, disk: usize, media: &mut Media, places: &[Place], rng: &mut Rng) -> u64 {
         if places.is_empty() {
             return 0;
         }
-        let count = 1 + rng.below(3);
-        for _ in 0..count {
+        let mut count = 0;
+        for _ in 0..1 + rng.below(3) {
             let place = places[rng.below(places.len() as u64) as usize];
-            let at = place.at + rng.below(BLOCK);
-            media.flip_bit(at, rng.below(8) as u8);
-            let at = at / SECTOR_SIZE as u64 * SECTOR_SIZE as u64;
+            let (byte, bit) = (place.at + rng.below(BLOCK), rng.below(8) as u8);
+            let at = byte / SECTOR_SIZE as u64 * SECTOR_SIZE as u64;
+            if self.all.iter().any(|damage| damage.disk == disk && damage.at == at) {
+                continue;
+            }
+            media.flip_bit(byte, bit);
+            count += 1;
             let mut bytes = [0; SECTOR_SIZE];
             media.read(at, &mut bytes);
             self.add(disk, at, bytes, Some((place.number, place.logical)));
