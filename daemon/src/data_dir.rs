@@ -5,6 +5,7 @@
 //!   lock          flock of the running daemon, which wrote its pid into it
 //!   catalog.redb  0600
 //!   keys/         0700: keystore and root key
+//!   audit/        0700: the audit log
 //!   api.sock      0600
 //!   run/          0711: one socket an attachment, each 0600 and owned by the VM's uid
 //! ```
@@ -54,7 +55,7 @@ impl DataDir {
         }
         check_own(&path)?;
         let lock = lock(&path)?;
-        for (name, mode) in [("keys", 0o700), ("run", 0o711)] {
+        for (name, mode) in [("keys", 0o700), ("run", 0o711), ("audit", 0o700)] {
             let dir = path.join(name);
             make_dir(&dir, mode)?;
             check_own(&dir)?;
@@ -130,6 +131,11 @@ impl DataDir {
     /// The keystore's directory.
     pub(crate) fn keys(&self) -> PathBuf {
         self.path.join("keys")
+    }
+
+    /// The audit log's directory.
+    pub(crate) fn audit(&self) -> PathBuf {
+        self.path.join("audit")
     }
 
     /// The API's socket.

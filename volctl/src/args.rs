@@ -4,7 +4,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use crate::client::Api;
-use crate::{attachment, customer, destroy, scrub, store, vm, volume};
+use crate::{attachment, audit, customer, destroy, scrub, store, vm, volume};
 
 /// `volctl`: the command line of vold.
 #[derive(Debug, Parser)]
@@ -73,6 +73,9 @@ pub(crate) enum Command {
     /// Destructions of deleted volumes
     #[command(subcommand)]
     Destroy(destroy::Command),
+    /// The audit log: what was done, by whom, and what the daemon mended
+    #[command(subcommand)]
+    Audit(audit::Command),
     /// How the daemon and its stores are
     Status,
     /// Versions of volctl and of the daemon

@@ -5,7 +5,7 @@
 //! | `args` | the command line, checked |
 //! | `client` | HTTP over the daemon's Unix socket |
 //! | `failure`, `units`, `render` | refusals; sizes and times; tables and JSON |
-//! | `store`, `customer`, `vm`, `volume`, `attachment`, `scrub`, `destroy`, `status` | one noun each: its verbs, its table |
+//! | `store`, `customer`, `vm`, `volume`, `attachment`, `scrub`, `destroy`, `audit`, `status` | one noun each: its verbs, its table |
 //!
 //! Exit status: 0 done, 1 refused or failed (one line on standard error), 2 wrong usage. With `--output json`, standard
 //! output is exactly one JSON document in each of these cases, `{"error":{"code","message"}}` in the last two.
@@ -14,6 +14,7 @@
 
 mod args;
 mod attachment;
+mod audit;
 mod client;
 mod customer;
 mod destroy;
@@ -108,6 +109,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
             Command::Attachment(command) => attachment::run(&session, command).await,
             Command::Scrub(command) => scrub::run(&session, command).await,
             Command::Destroy(command) => destroy::run(&session, command).await,
+            Command::Audit(command) => audit::run(&session, command).await,
             Command::Status => status::status(&session).await,
             Command::Version => status::version(&session).await,
             Command::Completions { .. } => unreachable!("handled above, without a daemon"),

@@ -20,6 +20,7 @@ use crate::operations::Operations;
 
 type Ops = State<Arc<Operations>>;
 type Body = Result<Bytes, BytesRejection>;
+type Caller = ConnectInfo<Peer>;
 type One = Result<Path<String>, PathRejection>;
 type Two = Result<Path<(String, String)>, PathRejection>;
 
@@ -45,6 +46,8 @@ pub(super) fn router(operations: Arc<Operations>) -> Router {
         .route("/v1/attachments", get(attachment_list).post(attach))
         .route("/v1/detach", post(detach))
         .route("/v1/scrubs", get(scrub_status).post(scrub_start))
+        .route("/v1/audit", get(audit_list))
+        .route("/v1/audit/verify", get(audit_verify))
         .route("/v1/destroys", get(destroy_list))
         .route("/v1/destroys/{volume_id}", get(destroy_show))
         .fallback(unknown_path)
@@ -63,6 +66,27 @@ where
 {
     let ended = tokio::spawn(operation).await;
     json(ended.unwrap_or_else(|e| Err(Error::internal(format!("the operation did not end: {e}")))))
+}
+
+/// Runs an operation that changes something, and writes it down.
+async fn act<T, F>(
+    operations: Arc<Operations>,
+    by: Caller,
+    action: &'static str,
+    on: String,
+    operation: F,
+) -> Reply<T>
+where
+    T: Serialize + Send + 'static,
+    F: Future<Output = Result<T>> + Send + 'static,
+{
+    let uid = by.0.uid();
+    run(async move {
+        let ended = operation.await;
+        tokio::task::block_in_place(|| operations.audit.called(uid, action, on, &ended));
+        ended
+    })
+    .await
 }
 
 async fn unknown_path(uri: Uri) -> Failure {
@@ -102,14 +126,22 @@ async fn status(State(operations): Ops) -> Reply<control::Status> {
     run(async move { operations.status().await }).await
 }
 
-async fn store_add(State(operations): Ops, body: Body) -> Reply<control::Store> {
+async fn store_add(State(operations): Ops, by: Caller, body: Body) -> Reply<control::Store> {
     let request: control::StoreAdd = parse(body)?;
-    run(async move { operations.store_add(request).await }).await
+    let (audited, on) = (operations.clone(), request.name.to_string());
+    act(audited, by, "store.add", on, async move {
+        operations.store_add(request).await
+    })
+    .await
 }
 
-async fn store_reopen(State(operations): Ops, name: One) -> Reply<control::Store> {
+async fn store_reopen(State(operations): Ops, by: Caller, name: One) -> Reply<control::Store> {
     let name: Name = part(&name?)?;
-    run(async move { operations.store_reopen(&name).await }).await
+    let (audited, on) = (operations.clone(), name.to_string());
+    act(audited, by, "store.reopen", on, async move {
+        operations.store_reopen(&name).await
+    })
+    .await
 }
 
 async fn store_list(State(operations): Ops) -> Reply<List<control::Store>> {
@@ -121,10 +153,19 @@ async fn store_show(State(operations): Ops, name: One) -> Reply<control::Store> 
     run(async move { operations.store_show(&name) }).await
 }
 
-async fn store_drain(State(operations): Ops, name: One, body: Body) -> Reply<control::Store> {
+async fn store_drain(State(operations): Ops, by: Caller, name: One, body: Body) -> Reply<control::Store> {
     let name: Name = part(&name?)?;
     let request: control::StoreDrain = parse(body)?;
-    run(async move { operations.store_drain(&name, request.cancel).await }).await
+    let (audited, on) = (operations.clone(), name.to_string());
+    let action = if request.cancel {
+        "store.drain_cancel"
+    } else {
+        "store.drain"
+    };
+    act(audited, by, action, on, async move {
+        operations.store_drain(&name, request.cancel).await
+    })
+    .await
 }
 
 /// `?lost=true`.
@@ -137,12 +178,15 @@ struct RemoveQuery {
 
 async fn store_remove(
     State(operations): Ops,
+    by: Caller,
     name: One,
     query: Result<Query<RemoveQuery>, QueryRejection>,
 ) -> Reply<Done> {
     let name: Name = part(&name?)?;
     let Query(RemoveQuery { lost }) = query?;
-    run(async move {
+    let (audited, on) = (operations.clone(), name.to_string());
+    let action = if lost { "store.remove_lost" } else { "store.remove" };
+    act(audited, by, action, on, async move {
         match lost {
             true => operations.store_remove_lost(&name).await,
             false => operations.store_remove(&name).await,
@@ -152,9 +196,13 @@ async fn store_remove(
     .await
 }
 
-async fn customer_create(State(operations): Ops, body: Body) -> Reply<control::Customer> {
+async fn customer_create(State(operations): Ops, by: Caller, body: Body) -> Reply<control::Customer> {
     let request: control::CustomerCreate = parse(body)?;
-    run(async move { operations.customer_create(request).await }).await
+    let (audited, on) = (operations.clone(), request.name.to_string());
+    act(audited, by, "customer.create", on, async move {
+        operations.customer_create(request).await
+    })
+    .await
 }
 
 async fn customer_list(State(operations): Ops) -> Reply<List<control::Customer>> {
@@ -166,13 +214,14 @@ async fn customer_show(State(operations): Ops, name: One) -> Reply<control::Cust
     run(async move { operations.customer_show(&name) }).await
 }
 
-async fn vm_create(
-    State(operations): Ops,
-    ConnectInfo(peer): ConnectInfo<Peer>,
-    body: Body,
-) -> Reply<control::Vm> {
+async fn vm_create(State(operations): Ops, by: Caller, body: Body) -> Reply<control::Vm> {
     let request: control::VmCreate = parse(body)?;
-    run(async move { operations.vm_create(request, peer.uid()) }).await
+    let (audited, on) = (operations.clone(), request.name.to_string());
+    let uid = by.0.uid();
+    act(audited, by, "vm.create", on, async move {
+        operations.vm_create(request, uid)
+    })
+    .await
 }
 
 async fn vm_list(State(operations): Ops) -> Reply<List<control::Vm>> {
@@ -184,14 +233,22 @@ async fn vm_show(State(operations): Ops, name: One) -> Reply<control::Vm> {
     run(async move { operations.vm_show(&name) }).await
 }
 
-async fn vm_remove(State(operations): Ops, name: One) -> Reply<Done> {
+async fn vm_remove(State(operations): Ops, by: Caller, name: One) -> Reply<Done> {
     let name: Name = part(&name?)?;
-    run(async move { operations.vm_remove(&name).map(|()| Done {}) }).await
+    let (audited, on) = (operations.clone(), name.to_string());
+    act(audited, by, "vm.remove", on, async move {
+        operations.vm_remove(&name).map(|()| Done {})
+    })
+    .await
 }
 
-async fn volume_create(State(operations): Ops, body: Body) -> Reply<control::Volume> {
+async fn volume_create(State(operations): Ops, by: Caller, body: Body) -> Reply<control::Volume> {
     let request: control::VolumeCreate = parse(body)?;
-    run(async move { operations.volume_create(request).await }).await
+    let (audited, on) = (operations.clone(), request.volume.to_string());
+    act(audited, by, "volume.create", on, async move {
+        operations.volume_create(request).await
+    })
+    .await
 }
 
 async fn volume_list(State(operations): Ops) -> Reply<List<control::Volume>> {
@@ -203,10 +260,14 @@ async fn volume_show(State(operations): Ops, path: Two) -> Reply<control::Volume
     run(async move { operations.volume_show(&path).await }).await
 }
 
-async fn volume_resize(State(operations): Ops, path: Two, body: Body) -> Reply<control::Volume> {
+async fn volume_resize(State(operations): Ops, by: Caller, path: Two, body: Body) -> Reply<control::Volume> {
     let path = volume_path(path)?;
     let request: control::VolumeResize = parse(body)?;
-    run(async move { operations.volume_resize(&path, request).await }).await
+    let (audited, on) = (operations.clone(), path.to_string());
+    act(audited, by, "volume.resize", on, async move {
+        operations.volume_resize(&path, request).await
+    })
+    .await
 }
 
 /// `?now=true`.
@@ -219,31 +280,60 @@ struct DeleteQuery {
 
 async fn volume_delete(
     State(operations): Ops,
+    by: Caller,
     path: Two,
     query: Result<Query<DeleteQuery>, QueryRejection>,
 ) -> Reply<control::Destroy> {
     let path = volume_path(path)?;
     let Query(DeleteQuery { now }) = query?;
-    run(async move { operations.volume_delete(&path, now).await }).await
+    let (audited, on) = (operations.clone(), path.to_string());
+    act(audited, by, "volume.delete", on, async move {
+        operations.volume_delete(&path, now).await
+    })
+    .await
 }
 
-async fn attach(State(operations): Ops, body: Body) -> Reply<control::Attachment> {
+async fn attach(State(operations): Ops, by: Caller, body: Body) -> Reply<control::Attachment> {
     let request: control::Attach = parse(body)?;
-    run(async move { operations.attach(request).await }).await
+    let (audited, on) = (
+        operations.clone(),
+        format!("{} to {}", request.volume, request.vm),
+    );
+    act(audited, by, "volume.attach", on, async move {
+        operations.attach(request).await
+    })
+    .await
 }
 
 async fn attachment_list(State(operations): Ops) -> Reply<List<control::Attachment>> {
     run(async move { list(operations.attachment_list().await) }).await
 }
 
-async fn detach(State(operations): Ops, body: Body) -> Reply<Done> {
+async fn detach(State(operations): Ops, by: Caller, body: Body) -> Reply<Done> {
     let request: control::Detach = parse(body)?;
-    run(async move { operations.detach(request).await.map(|()| Done {}) }).await
+    let (audited, on) = (
+        operations.clone(),
+        format!("{} from {}", request.volume, request.vm),
+    );
+    act(audited, by, "volume.detach", on, async move {
+        operations.detach(request).await.map(|()| Done {})
+    })
+    .await
 }
 
-async fn scrub_start(State(operations): Ops, body: Body) -> Reply<List<control::Scrub>> {
+async fn scrub_start(State(operations): Ops, by: Caller, body: Body) -> Reply<List<control::Scrub>> {
     let request: control::ScrubStart = parse(body)?;
-    run(async move { list(operations.scrub_start(&request)) }).await
+    let (audited, on) = (
+        operations.clone(),
+        request
+            .volume
+            .as_ref()
+            .map_or_else(|| "all".into(), ToString::to_string),
+    );
+    act(audited, by, "scrub.start", on, async move {
+        list(operations.scrub_start(&request))
+    })
+    .await
 }
 
 async fn scrub_status(State(operations): Ops) -> Reply<List<control::Scrub>> {
@@ -257,4 +347,24 @@ async fn destroy_list(State(operations): Ops) -> Reply<List<control::Destroy>> {
 async fn destroy_show(State(operations): Ops, id: One) -> Reply<control::Destroy> {
     let id: VolumeId = part(&id?)?;
     run(async move { operations.destroy_show(id).await }).await
+}
+
+/// `?after=SEQ&limit=N`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AuditQuery {
+    after: Option<u64>,
+    limit: Option<usize>,
+}
+
+async fn audit_list(
+    State(operations): Ops,
+    query: Result<Query<AuditQuery>, QueryRejection>,
+) -> Reply<List<control::AuditEntry>> {
+    let Query(AuditQuery { after, limit }) = query?;
+    run(async move { list(operations.audit_list(after, limit)) }).await
+}
+
+async fn audit_verify(State(operations): Ops) -> Reply<control::AuditVerified> {
+    run(async move { operations.audit_verify() }).await
 }

@@ -1,7 +1,7 @@
 //! `vold check`: looks at everything a stopped daemon left, changes nothing, and lists what is wrong.
 //!
 //! Catalog (a verified copy in memory), every store on its own, the replicas of every volume against each other, and the
-//! catalog against the stores ([`cross`]). What an unclean stop leaves and the next start puts right is a note, not
+//! catalog against the stores ([`cross`]); the audit log's chain. What an unclean stop leaves and the next start puts right is a note, not
 //! damage. Status 0: clean; 1: damaged, or a store could not be looked at.
 //!
 //! With `--repair`: looked at, repaired ([`repair`]), and looked at again; what is gone was repaired, what is there is left.
@@ -13,7 +13,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::process::ExitCode;
 
-use libvol::catalog::{Catalog, StoreRecord};
+use libvol::audit;
+use libvol::catalog::{Catalog, Leaving, StoreRecord};
 use libvol::disk::{DiskFile, EngineChoice, OpenMode, make_driver};
 use libvol::ids::{PhysicalExtent, StoreId};
 use libvol::limits::STORE_LOCK_WAIT;
@@ -53,7 +54,13 @@ pub(crate) fn run(dir: &Path, scope: CheckScope, repairs: bool) -> Result<ExitCo
         installation: Some(installation),
         store: Some(record.id),
     };
-    let found = examine(&catalog, expect, scope)?;
+    let mut found = examine(&catalog, expect, scope)?;
+    if !dirs.audit().exists() {
+        found.findings.push(Finding::note("audit log: there is none"));
+    } else if let Err(e) = audit::verify(&dirs.audit()) {
+        // Nothing repairs it: what it says is somebody's to judge.
+        found.findings.push(Finding::damage(format!("audit log: {e}")));
+    }
     if !repairs {
         return Ok(print(found.findings));
     }
@@ -62,7 +69,13 @@ pub(crate) fn run(dir: &Path, scope: CheckScope, repairs: bool) -> Result<ExitCo
     println!("checking again");
     // It may have latched a store.
     let catalog = Catalog::open_copy(&dirs.catalog())?;
-    let left = examine(&catalog, expect, scope)?.findings;
+    let mut left = examine(&catalog, expect, scope)?.findings;
+    left.extend(
+        found
+            .findings
+            .into_iter()
+            .filter(|finding| finding.text.starts_with("audit log: ")),
+    );
     for gone in before.difference(&damages(&left)) {
         println!("repaired: {gone}");
     }
@@ -88,6 +101,13 @@ fn examine(
         let mut findings = Vec::new();
         let mut checked = Vec::new();
         for record in &known.stores {
+            if record.leaving == Some(Leaving::Lost) {
+                findings.push(Finding::note(format!(
+                    "store {:?}: given up as lost, not looked at",
+                    record.name.as_str()
+                )));
+                continue;
+            }
             match look_at(record, expect(record), scope).await {
                 Ok(store) => checked.push(store),
                 Err(e) => findings.push(Finding::damage(format!(

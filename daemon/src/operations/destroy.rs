@@ -111,7 +111,11 @@ impl Operations {
         let operations = self.clone();
         self.in_background(async move {
             match operations.destroy(id).await {
-                Ok(Outcome::Destroyed) => tracing::info!(volume = %id, "destroyed on every replica"),
+                Ok(Outcome::Destroyed) => {
+                    tracing::info!(volume = %id, "destroyed on every replica");
+                    let name = operations.destroy_record(id).map_or_else(|_| String::new(), |job| job.path.to_string());
+                    operations.audit.did("volume.destroyed", name, format!("volume {id}: every replica overwritten, read back and free"));
+                }
                 Ok(Outcome::Unfinished(stores)) => {
                     for (store, reason) in stores {
                         let name = operations.store_name(store);

@@ -7,6 +7,7 @@
 //! It deliberately knows no HTTP and no NBD.
 
 mod attach;
+mod audit;
 mod customer;
 mod destroy;
 mod lineage;
@@ -37,6 +38,7 @@ use tokio::task::JoinSet;
 
 use crate::data_dir::DataDir;
 use crate::shard::{Report, Shards};
+pub(crate) use audit::Audit;
 use locks::Locks;
 pub(crate) use scrub::ScrubSettings;
 
@@ -72,6 +74,7 @@ pub(crate) struct Operations {
     dirs: DataDir,
     catalog: Arc<Catalog>,
     keys: Arc<dyn KeyService>,
+    pub(crate) audit: Arc<Audit>,
     shards: Shards,
     stores: RwLock<HashMap<StoreId, Seat>>,
     /// Why volumes that should be open are not.

@@ -432,6 +432,8 @@ impl Operations {
         })?;
         if gone {
             self.drop_seat(store.id);
+            self.audit
+                .did("store.forgotten", &store.name, "its replicas are replaced");
             tracing::warn!(store = %store.name, "forgotten; should it ever come back, it is not used");
         }
         Ok(())

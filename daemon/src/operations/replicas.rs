@@ -22,7 +22,7 @@ use libvol::{Error, Result};
 use tokio::sync::oneshot;
 
 use super::relocate::lost;
-use super::{Operations, Seat, store_named};
+use super::{Audit, Operations, Seat, store_named};
 
 /// How often replicas that are out are looked at.
 const LOOK: Duration = Duration::from_millis(500);
@@ -33,6 +33,7 @@ const BACKOFF_MAX: Duration = Duration::from_secs(300);
 /// The catalog, as volumes on any thread write their membership to it.
 pub(super) struct CatalogRegister {
     pub(super) catalog: Arc<Catalog>,
+    pub(super) audit: Arc<Audit>,
     /// Where the commit waits for the disk.
     pub(super) runtime: tokio::runtime::Handle,
 }
@@ -40,10 +41,16 @@ pub(super) struct CatalogRegister {
 #[async_trait(?Send)]
 impl Register for CatalogRegister {
     async fn swap(&self, volume: VolumeId, from: Epoch, to: &Membership) -> Result<()> {
-        let (catalog, to) = (self.catalog.clone(), to.clone());
+        let (catalog, audit, to) = (self.catalog.clone(), self.audit.clone(), to.clone());
         let (done, written) = oneshot::channel();
         self.runtime.spawn_blocking(move || {
-            let _ = done.send(catalog.swap_membership(volume, from, &to));
+            let swapped = catalog.swap_membership(volume, from, &to);
+            let is_new = swapped.is_ok();
+            // Clients wait for the membership, not for its line.
+            let _ = done.send(swapped);
+            if is_new {
+                audit.membership(&catalog, volume, &to);
+            }
         });
         written
             .await
@@ -368,6 +375,7 @@ mod tests {
         catalog.write(|tx| tx.insert(&record)).unwrap();
         let register = CatalogRegister {
             catalog: catalog.clone(),
+            audit: Arc::new(Audit::new(libvol::audit::Log::open(dir.path()).unwrap())),
             runtime: tokio::runtime::Handle::current(),
         };
         let standing = |place: usize, state, reason: Option<&str>| Standing {

@@ -24,7 +24,7 @@ use super::attach::remove_socket;
 use super::locks::Locks;
 use super::scrub::Scrubber;
 use super::volume::holder;
-use super::{Operations, Seat, Settings};
+use super::{Audit, Operations, Seat, Settings};
 use crate::data_dir::DataDir;
 use crate::shard::Shards;
 
@@ -46,10 +46,12 @@ impl Operations {
         engine: EngineChoice,
         settings: Settings,
     ) -> Result<Arc<Self>> {
+        let audit = libvol::audit::Log::open(&dirs.audit())?;
         let operations = Arc::new(Self {
             dirs,
             catalog: Arc::new(catalog),
             keys,
+            audit: Arc::new(Audit::new(audit)),
             shards: Shards::start(shard_count, engine)?,
             stores: RwLock::default(),
             failures: Mutex::new(HashMap::new()),
@@ -69,6 +71,7 @@ impl Operations {
         operations.resume_destroys()?;
         operations.watch_faults();
         operations.watch_replicas();
+        operations.watch_healing();
         operations.start_scrubbing();
         operations.watch_floors();
         Ok(operations)
@@ -266,6 +269,7 @@ impl Operations {
             closing.spawn(async move { operations.close_volumes_of(index).await });
         }
         while closing.join_next().await.is_some() {}
+        self.note_healing().await;
         if let Err(e) = self.record_faults() {
             tracing::error!("a store's fault cannot be recorded: {e}");
         }

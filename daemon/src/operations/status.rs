@@ -91,6 +91,9 @@ impl Operations {
             ))
         })?;
         let mut warnings = Vec::new();
+        if let Some(failure) = self.audit_failure() {
+            warnings.push(format!("the audit log cannot be written: {failure}"));
+        }
         for store in &stores {
             let reason = store.reason.as_deref().unwrap_or("no reason known");
             match store.state {

@@ -388,6 +388,7 @@ impl Operations {
                 });
                 tx.update(&record)
             })?;
+            self.audit.did("store.fault", &handle.info().name, &reason);
             tracing::error!(store = %handle.info().name, "latched faulty, out of use until an operator acts: {reason}");
         }
         Ok(())

@@ -364,6 +364,7 @@ impl Operations {
             resync_bytes_per_second: self.resync_bytes_per_second,
             register: Arc::new(CatalogRegister {
                 catalog: self.catalog.clone(),
+                audit: self.audit.clone(),
                 runtime: tokio::runtime::Handle::current(),
             }),
         };

@@ -10,7 +10,7 @@ mod door;
 mod registry;
 
 pub(crate) use door::DoorSpec;
-pub(crate) use registry::{OpenReplica, OpenSpec, Registry, Report};
+pub(crate) use registry::{Mended, OpenReplica, OpenSpec, Registry, Report};
 
 use std::cell::RefCell;
 use std::future::Future;

@@ -86,6 +86,37 @@ impl Report {
 pub(crate) struct Registry {
     stores: RefCell<HashMap<StoreId, Rc<StoreIo>>>,
     volumes: RefCell<HashMap<VolumeId, Entry>>,
+    /// What volumes that are closed have mended, until it is taken.
+    mended: RefCell<HashMap<VolumeId, Mended>>,
+}
+
+/// What a volume has found damaged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Mended {
+    /// Blocks rewritten from a good copy.
+    pub(crate) healed_blocks: u64,
+    /// Checksum areas written anew.
+    pub(crate) healed_areas: u64,
+    /// Blocks without a good copy.
+    pub(crate) lost_blocks: u64,
+}
+
+impl Mended {
+    fn of(stats: &VolumeStats) -> Self {
+        Self {
+            healed_blocks: stats.healed_blocks,
+            healed_areas: stats.healed_areas,
+            lost_blocks: stats.lost_blocks,
+        }
+    }
+
+    fn since(self, earlier: Self) -> Self {
+        Self {
+            healed_blocks: self.healed_blocks - earlier.healed_blocks,
+            healed_areas: self.healed_areas - earlier.healed_areas,
+            lost_blocks: self.lost_blocks - earlier.lost_blocks,
+        }
+    }
 }
 
 struct Entry {
@@ -93,6 +124,8 @@ struct Entry {
     /// The volume's attachment epoch, as sessions are judged by. Raised first when an attachment ends.
     epoch: Rc<Cell<Epoch>>,
     door: Option<Rc<Door>>,
+    /// What of its counters was taken.
+    taken: Cell<Mended>,
 }
 
 impl Registry {
@@ -143,6 +176,7 @@ impl Registry {
             volume,
             epoch: Rc::default(),
             door: None,
+            taken: Cell::default(),
         };
         let earlier = self.volumes.borrow_mut().insert(id, entry);
         assert!(earlier.is_none(), "the volume's lock is held over its opening");
@@ -190,7 +224,9 @@ impl Registry {
         if let Some(door) = &entry.door {
             door.close(Manner::AtOnce).await;
         }
-        entry.volume.close().await
+        let closed = entry.volume.close().await;
+        self.keep_mended(id, &entry);
+        closed
     }
 
     /// Ends a volume's I/O without cleaning: it is about to be destroyed.
@@ -200,6 +236,7 @@ impl Registry {
         };
         assert!(entry.door.is_none(), "an attached volume is not destroyed");
         entry.volume.abandon().await;
+        self.keep_mended(id, &entry);
     }
 
     /// The new size is durable.
@@ -288,6 +325,27 @@ impl Registry {
         match volume {
             None => Ok(None),
             Some(volume) => volume.verify_extents(from, bytes).await.map(Some),
+        }
+    }
+
+    /// What volumes have mended since this was last asked.
+    pub(crate) fn take_mended(&self) -> Vec<(VolumeId, Mended)> {
+        let mut mended: Vec<_> = self.mended.take().into_iter().collect();
+        for (id, entry) in self.volumes.borrow().iter() {
+            let now = Mended::of(&entry.volume.stats());
+            let new = now.since(entry.taken.replace(now));
+            if new != Mended::default() {
+                mended.push((*id, new));
+            }
+        }
+        mended
+    }
+
+    /// A volume goes: what it has mended is taken later.
+    fn keep_mended(&self, id: VolumeId, entry: &Entry) {
+        let new = Mended::of(&entry.volume.stats()).since(entry.taken.get());
+        if new != Mended::default() {
+            self.mended.borrow_mut().insert(id, new);
         }
     }
 

@@ -193,7 +193,11 @@ impl End {
     /// Where the last file ends. Of its last line only the bytes matter, so that damage does not stop a start.
     fn of(path: &Path) -> Result<Self> {
         let cannot = |e| failed(path, "the audit log's file cannot be opened", e);
-        let mut file = OpenOptions::new().read(true).write(true).open(path).map_err(cannot)?;
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path)
+            .map_err(cannot)?;
         let (mut bytes, mut last, mut seq) = (0, None, number_of(path).unwrap_or(1));
         let mut reader = BufReader::new(&mut file);
         let mut line = Vec::new();
@@ -257,7 +261,9 @@ impl End {
 
 /// A file that was begun and has no line: what comes before is the end of the file before it.
 fn last_line_before(path: &Path) -> Result<[u8; 32]> {
-    let Some(dir) = path.parent() else { return Ok(NOTHING) };
+    let Some(dir) = path.parent() else {
+        return Ok(NOTHING);
+    };
     let before = files(dir)?.into_iter().rfind(|(_, other)| other.as_path() < path);
     match before {
         Some((_, before)) => Ok(End::of(&before)?.last),

@@ -102,7 +102,11 @@ impl Damages {
             let place = places[rng.below(places.len() as u64) as usize];
             let (byte, bit) = (place.at + rng.below(BLOCK), rng.below(8) as u8);
             let at = byte / SECTOR_SIZE as u64 * SECTOR_SIZE as u64;
-            if self.all.iter().any(|damage| damage.disk == disk && damage.at == at) {
+            if self
+                .all
+                .iter()
+                .any(|damage| damage.disk == disk && damage.at == at)
+            {
                 continue;
             }
             media.flip_bit(byte, bit);
