@@ -36,6 +36,8 @@ pub const STORE_BYTES_MAX: u64 = 64 << 40;
 pub const STORE_LOCK_WAIT: std::time::Duration = std::time::Duration::from_secs(30);
 /// Opening a store is given up after this: its table and log, read at 50 MB/s, are those of 60 TiB by then.
 pub const STORE_OPENING_MAX: std::time::Duration = std::time::Duration::from_secs(120);
+/// A store that has not done what the control plane asked of it by then is taken to hang.
+pub const STORE_ANSWER_MAX: std::time::Duration = std::time::Duration::from_secs(30);
 /// The end of a store is not waited for any longer; what is under way keeps its lock.
 pub const STORE_CLOSING_MAX: std::time::Duration = std::time::Duration::from_secs(30);
 /// Stores of one daemon.

@@ -246,3 +246,73 @@ fn a_lost_store_is_replaced_from_the_others_and_forgotten_and_not_used_when_it_r
     assert!(refused.message.contains("exists already"), "{refused:?}");
     assert_eq!(vold.ctl("status")["warnings"].as_array().unwrap().len(), 0);
 }
+
+/// A daemon whose resync is slow enough to be met on its way.
+fn restart_slowly(vold: &mut Vold) {
+    let config = vold.path("vold.toml");
+    std::fs::write(&config, "[resync]\nbytes_per_second = 4194304\n").unwrap();
+    let mut command = vold.serve_command();
+    command.arg("--config").arg(config);
+    vold.restart_with(command);
+}
+
+#[test]
+fn a_drain_that_is_called_off_half_way_leaves_nothing_on_the_store_that_was_to_take_over() {
+    let (mut vold, uri) = two_and_one_empty(Engine::Uring);
+    let id = vold.volume("acme/vol")["id"].as_str().unwrap().to_owned();
+    vold.stop();
+    restart_slowly(&mut vold);
+    vold.ctl("store drain a");
+    wait_for("some of it is copied", || {
+        (vold.ctl("store show c")["allocated_bytes"].as_u64().unwrap() >= 8 * MIB).then_some(())
+    });
+    vold.ctl("store drain a --cancel");
+    // What was copied is given up, through two deaths of the daemon.
+    for _ in 0..2 {
+        vold.kill();
+        restart_slowly(&mut vold);
+    }
+    wait_until_on(&vold, &["a", "b"]);
+    wait_for("nothing is left on the third", || {
+        let shown = vold.ctl("store show c");
+        (shown["free_bytes"] == shown["total_bytes"]).then_some(())
+    });
+    reads_back(&mut Client::connect(&uri), 100);
+    vold.stop();
+    vold.check_is_clean();
+    holds_nothing(&vold, "c", &id);
+}
+
+#[test]
+fn two_volumes_on_the_move_are_not_promised_the_same_room() {
+    let mut vold = Vold::start();
+    let first = vold.with_volume(1, "256M", "64M");
+    vold.ctl("volume create acme/two --size 64M --replicas 1");
+    let second = vold.attach("acme/two", "vm1");
+    for uri in [&first, &second] {
+        let mut client = Client::connect(uri);
+        for i in 0..64 {
+            client.write(i * MIB, &bytes(i, MIB as usize)).unwrap();
+        }
+        client.flush().unwrap();
+    }
+    // Each has room for one of them.
+    for name in ["b", "c"] {
+        let path = vold.store_path(name);
+        vold.ctl(&format!("store add {name} --path {} --size 100M", path.display()));
+    }
+    vold.stop();
+    restart_slowly(&mut vold);
+    vold.ctl("store drain a");
+    wait_for("both are on their way, to a store each", || {
+        let on = |store: &str| {
+            vold.ctl(&format!("store show {store}"))["replicas"]
+                .as_u64()
+                .unwrap()
+        };
+        assert!(on("b") <= 1 && on("c") <= 1);
+        (on("b") == 1 && on("c") == 1).then_some(())
+    });
+    vold.stop();
+    vold.check_is_clean();
+}

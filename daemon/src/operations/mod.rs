@@ -25,12 +25,12 @@ mod volume;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use libvol::catalog::{Catalog, CustomerRecord, StoreRecord, Tx, View, VmRecord, VolumeRecord};
 use libvol::ids::{Name, StoreId, VolumeId, VolumePath};
 use libvol::keys::KeyService;
-use libvol::limits::RESYNC_BYTES_PER_SECOND_DEFAULT;
+use libvol::limits::{RESYNC_BYTES_PER_SECOND_DEFAULT, STORE_ANSWER_MAX};
 use libvol::store::StoreHandle;
 use libvol::{Error, Result};
 use tokio::sync::OwnedMutexGuard;
@@ -166,6 +166,21 @@ impl Operations {
         )))
     }
 
+    /// Has a store do something on its shard. It goes on even when nobody waits for it any longer.
+    ///
+    /// # Errors
+    /// As `work`; `Unavailable` when its device does not answer.
+    async fn ask_store<T, F, Fut>(&self, handle: &StoreHandle, work: F) -> Result<T>
+    where
+        F: FnOnce(StoreHandle) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<T>> + 'static,
+        T: Send + 'static,
+    {
+        let asked = handle.clone();
+        let answer = self.shards.of_store(handle.info().id).call(move |_| work(asked));
+        answer_within(STORE_ANSWER_MAX, &handle.info().name, answer).await
+    }
+
     /// The open stores of all of a volume's replicas, in its order.
     ///
     /// # Errors
@@ -223,6 +238,20 @@ impl Operations {
         }
         background.spawn(work);
     }
+}
+
+async fn answer_within<T>(
+    wait: Duration,
+    store: &Name,
+    answer: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    tokio::time::timeout(wait, answer).await.unwrap_or_else(|_| {
+        Err(Error::unavailable(format!(
+            "store {:?} has not answered for {} s: its device hangs; look at the device (volctl status, the kernel's log)",
+            store.as_str(),
+            wait.as_secs()
+        )))
+    })
 }
 
 fn customer_named(view: &View<'_>, name: &Name) -> Result<CustomerRecord> {
@@ -296,6 +325,19 @@ mod tests {
             phase: Phase::Ready,
             created_unix_seconds: 0,
         }
+    }
+
+    #[tokio::test]
+    async fn a_store_that_does_not_answer_is_named_and_not_waited_for() {
+        let store: Name = "a".parse().unwrap();
+        let hangs = std::future::pending::<Result<()>>();
+        let error = answer_within(Duration::from_millis(5), &store, hangs)
+            .await
+            .unwrap_err();
+        assert_eq!(error.kind(), Kind::Unavailable);
+        assert!(error.message().contains("store \"a\""), "{error}");
+        let answers = answer_within(Duration::from_secs(60), &store, async { Ok(1) });
+        assert_eq!(answers.await.unwrap(), 1);
     }
 
     #[tokio::test(flavor = "multi_thread")]

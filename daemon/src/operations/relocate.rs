@@ -13,10 +13,14 @@
 //!
 //! Membership is the volume's to write; slots' lists of stores follow it ([`Operations::settle_slots`]).
 
+mod target;
+
 use std::collections::HashSet;
 use std::sync::{Arc, PoisonError};
 
-use libvol::catalog::{DestroyRecord, Leaving, Phase, ReplicaRecord, StoreRecord, Tombstone, VolumeRecord};
+use libvol::catalog::{
+    DestroyRecord, Leaving, Phase, ReplicaRecord, StoreRecord, Tombstone, View, VolumeRecord,
+};
 use libvol::control;
 use libvol::ids::{Name, StoreId, VolumeId};
 use libvol::store::{self, Member, StoreHandle};
@@ -114,38 +118,20 @@ impl Operations {
                     name.as_str()
                 )));
             }
+            self.look(|view| check_not_last(view, &record))?;
             self.let_go_of(&record).await?;
             self.close_store(&handle).await;
+            self.set_seat(record.id, Seat::Closed("being given up as lost".into()));
         }
         let unfinished = self.change(|tx| {
-            let stores = tx.all::<StoreRecord>()?;
-            let lost: HashSet<StoreId> = stores
-                .iter()
-                .filter(|store| store.leaving == Some(Leaving::Lost))
-                .map(|store| store.id)
-                .collect();
-            let only_here: Vec<String> = tx
-                .all::<VolumeRecord>()?
-                .iter()
-                .filter(|volume| volume.phase == Phase::Ready)
-                .filter(|volume| is_last_in_sync(volume, record.id, &lost))
-                .map(|volume| volume.path.to_string())
-                .collect();
-            if !only_here.is_empty() {
-                let more = only_here.len().saturating_sub(NAMED_MAX);
-                let named = only_here[..only_here.len().min(NAMED_MAX)].join(", ");
-                let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-                return Err(Error::busy(format!(
-                    "store {:?} has the last replica in sync of {named}{more}; bring the store back, or delete those volumes first (their data is lost)",
-                    name.as_str()
-                )));
-            }
+            check_not_last(tx, &record)?;
             let mut store = store_named(tx, name)?;
             store.leaving = Some(Leaving::Lost);
             tx.update(&store)?;
             let mut unfinished = Vec::new();
             for mut job in tx.all::<DestroyRecord>()? {
-                let on_it = |part: &&mut libvol::catalog::DestroyedStore| part.store == store.id && !part.done;
+                let on_it =
+                    |part: &&mut libvol::catalog::DestroyedStore| part.store == store.id && !part.done;
                 if let Some(part) = job.stores.iter_mut().find(on_it) {
                     part.lost = true;
                     tx.update(&job)?;
@@ -254,65 +240,6 @@ impl Operations {
         Ok(left)
     }
 
-    /// The store that takes a volume's next replica: of another zone than the replicas that stay, with extents of the same
-    /// size, with room for all the volume holds, and the most of it.
-    async fn target(
-        &self,
-        volume: &VolumeRecord,
-        leaving: impl Fn(StoreId) -> Option<Leaving>,
-    ) -> Result<StoreHandle> {
-        let stores = self.look(|view| view.all::<StoreRecord>())?;
-        let of = |id: StoreId| stores.iter().find(|store| store.id == id);
-        let held: Vec<&StoreRecord> = volume
-            .held()
-            .filter_map(|(_, replica)| of(replica.store))
-            .collect();
-        let stays = held.iter().filter(|store| leaving(store.id).is_none());
-        let zones: HashSet<&Name> = stays.map(|store| &store.zone).collect();
-        let extent_bytes = held.first().map_or(0, |store| store.extent_bytes);
-        let needed = self.extents_held(volume).await * extent_bytes;
-        let mut candidates = self.candidates()?;
-        candidates.retain(|candidate| {
-            candidate.extent_bytes == extent_bytes
-                && candidate.free_bytes >= needed
-                && !zones.contains(&candidate.zone)
-                && held.iter().all(|store| store.id != candidate.id)
-        });
-        candidates.sort_by_key(|candidate| std::cmp::Reverse(candidate.free_bytes));
-        for candidate in candidates {
-            let Seat::Open(handle) = self.seat(candidate.id) else {
-                continue;
-            };
-            if self.state_on(&handle, volume.id).await? == store::VolumeState::Unknown {
-                return Ok(handle);
-            }
-        }
-        Err(Error::no_space(format!(
-            "no store is online in another zone with extents of {} KiB and {} MiB free; add one",
-            extent_bytes >> 10,
-            needed >> 20
-        )))
-    }
-
-    /// Extents that a replica in sync of the volume holds.
-    async fn extents_held(&self, volume: &VolumeRecord) -> u64 {
-        let dataset = volume.dataset;
-        for (replica, handle) in self.stores_at_hand(volume) {
-            if replica.state != Member::InSync {
-                continue;
-            }
-            let extents = self
-                .shards
-                .of_store(replica.store)
-                .call(move |_| async move { handle.extents_of(dataset).await })
-                .await;
-            if let Ok(extents) = extents {
-                return extents.len() as u64;
-            }
-        }
-        0
-    }
-
     /// Slots name the stores that the catalog does. The volume's lock is held.
     ///
     /// # Errors
@@ -326,10 +253,11 @@ impl Operations {
                 _ => continue,
             }
             let id = record.id;
-            self.shards
-                .of_store(handle.info().id)
-                .call(move |_| async move { handle.set_stores(id, stores).await })
-                .await?;
+            self.ask_store(
+                &handle,
+                move |store| async move { store.set_stores(id, stores).await },
+            )
+            .await?;
         }
         Ok(())
     }
@@ -492,6 +420,40 @@ pub(super) fn lost(name: &Name) -> String {
     )
 }
 
+/// Whether every volume with a replica on the store has another one in sync, on a store that is not lost.
+///
+/// # Errors
+/// `Busy`, naming volumes.
+fn check_not_last(view: &View<'_>, record: &StoreRecord) -> Result<()> {
+    let stores = view.all::<StoreRecord>()?;
+    let lost: HashSet<StoreId> = stores
+        .iter()
+        .filter(|store| store.leaving == Some(Leaving::Lost))
+        .map(|store| store.id)
+        .collect();
+    let only_here: Vec<String> = view
+        .all::<VolumeRecord>()?
+        .iter()
+        .filter(|volume| volume.phase == Phase::Ready)
+        .filter(|volume| is_last_in_sync(volume, record.id, &lost))
+        .map(|volume| volume.path.to_string())
+        .collect();
+    if !only_here.is_empty() {
+        let more = only_here.len().saturating_sub(NAMED_MAX);
+        let named = only_here[..only_here.len().min(NAMED_MAX)].join(", ");
+        let more = if more > 0 {
+            format!(" and {more} more")
+        } else {
+            String::new()
+        };
+        return Err(Error::busy(format!(
+            "store {:?} has the last replica in sync of {named}{more}; bring the store back, or delete those volumes first (their data is lost)",
+            record.name.as_str()
+        )));
+    }
+    Ok(())
+}
+
 /// Whether nobody else has all acknowledged writes of a volume; nobody on a lost store counts.
 fn is_last_in_sync(volume: &VolumeRecord, store: StoreId, lost: &HashSet<StoreId>) -> bool {
     let whole = |replica: &ReplicaRecord| {
@@ -504,7 +466,7 @@ fn is_last_in_sync(volume: &VolumeRecord, store: StoreId, lost: &HashSet<StoreId
 #[cfg(test)]
 mod tests {
     use super::*;
-    use libvol::ids::{CustomerId, DatasetId, Epoch};
+    use libvol::ids::{CustomerId, Epoch};
 
     /// A volume with replicas in these states on stores of their own.
     fn volume(wanted: usize, states: &[Member]) -> (VolumeRecord, Vec<StoreId>) {
@@ -517,7 +479,7 @@ mod tests {
             id: VolumeId::random(),
             path: "acme/web".parse().unwrap(),
             customer: CustomerId::random(),
-            dataset: DatasetId::random(),
+            dataset: libvol::ids::DatasetId::random(),
             size_bytes: 4096,
             replicas: stores.iter().zip(states).map(replica).collect(),
             replicas_wanted: wanted,

@@ -229,11 +229,11 @@ impl Operations {
             membership_epoch: Epoch(0),
             members: vec![Member::Stale; record.replicas.len()],
         };
-        let store = handle.clone();
-        self.shards
-            .of_store(handle.info().id)
-            .call(move |_| async move { store.add_volume(slot, facts).await })
-            .await
+        self.ask_store(
+            handle,
+            move |store| async move { store.add_volume(slot, facts).await },
+        )
+        .await
     }
 
     /// An operator's word that a faulty store may be used again: it is closed, opened anew, and its replicas catch up.

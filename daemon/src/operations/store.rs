@@ -403,7 +403,12 @@ fn check_request(request: &control::StoreAdd, path: &Path, extent_bytes: u64) ->
             request.path
         )));
     }
-    if request.path.contains('\0') || path.components().any(|c| c == std::path::Component::ParentDir) {
+    if request.path.contains('\0') {
+        return Err(Error::invalid(format!(
+            "store {name:?}: the path must not contain a NUL byte"
+        )));
+    }
+    if path.components().any(|c| c == std::path::Component::ParentDir) {
         return Err(Error::invalid(format!(
             "store {name:?}: the path must not contain \"..\""
         )));

@@ -145,10 +145,10 @@ impl Operations {
         };
         for handle in self.replica_stores(record)? {
             let (slot, facts) = (slot.clone(), store_record(record, record.size_bytes));
-            self.shards
-                .of_store(handle.info().id)
-                .call(move |_| async move { handle.add_volume(slot, facts).await })
-                .await?;
+            self.ask_store(&handle, move |store| async move {
+                store.add_volume(slot, facts).await
+            })
+            .await?;
         }
         Ok(())
     }
@@ -167,15 +167,11 @@ impl Operations {
     pub(super) async fn roll_back_creation(&self, record: &VolumeRecord) -> Result<()> {
         let id = record.id;
         for handle in self.stores_to_roll_back(record)? {
-            self.shards
-                .of_store(handle.info().id)
-                .call(move |_| async move {
-                    match reached(&handle, id).await? {
-                        Reached::Gone { .. } | Reached::Scrubbing { .. } => Ok(()),
-                        Reached::Nothing | Reached::Tombstone { .. } => handle.destroy_volume(id).await,
-                    }
-                })
-                .await?;
+            let undo = async move |store: StoreHandle| match reached(&store, id).await? {
+                Reached::Gone { .. } | Reached::Scrubbing { .. } => Ok(()),
+                Reached::Nothing | Reached::Tombstone { .. } => store.destroy_volume(id).await,
+            };
+            self.ask_store(&handle, undo).await?;
         }
         self.change(|tx| tx.remove::<VolumeRecord>(id))
     }
@@ -259,9 +255,10 @@ impl Operations {
             };
             let name = handle.info().name.clone();
             let written = self
-                .shards
-                .of_store(handle.info().id)
-                .call(move |_| async move { handle.commit(vec![grown]).await })
+                .ask_store(
+                    &handle,
+                    move |store| async move { store.commit(vec![grown]).await },
+                )
                 .await;
             match written {
                 Ok(()) => told |= replica.state == Member::InSync,
@@ -430,10 +427,7 @@ impl Operations {
 
     /// Where a volume stands on a store.
     pub(super) async fn state_on(&self, handle: &StoreHandle, id: VolumeId) -> Result<store::VolumeState> {
-        let store = handle.clone();
-        self.shards
-            .of_store(handle.info().id)
-            .call(move |_| async move { store.volume(id).await })
+        self.ask_store(handle, move |store| async move { store.volume(id).await })
             .await
     }
 
@@ -491,11 +485,12 @@ impl Operations {
             (None, Some((handle, extent_bytes))) if record.phase == Phase::Ready => {
                 let dataset = record.dataset;
                 let extents = self
-                    .shards
-                    .of_store(handle.info().id)
-                    .call(move |_| async move { Ok(handle.extents_of(dataset).await?.len() as u64) })
+                    .ask_store(
+                        &handle,
+                        move |store| async move { store.extents_of(dataset).await },
+                    )
                     .await?;
-                extents * extent_bytes
+                extents.len() as u64 * extent_bytes
             }
             _ => 0,
         };

@@ -359,8 +359,9 @@ fn hex(bytes: &[u8]) -> String {
 
 fn cut(mut text: String) -> String {
     if text.len() > AUDIT_TEXT_BYTES_MAX {
-        let end = text.floor_char_boundary(AUDIT_TEXT_BYTES_MAX);
-        text.truncate(end);
+        let is_end = |end: &usize| text.is_char_boundary(*end);
+        let end = (0..=AUDIT_TEXT_BYTES_MAX).rfind(is_end);
+        text.truncate(end.unwrap_or(0));
     }
     text
 }
