@@ -76,3 +76,10 @@ fn a_seed_in_which_a_refused_write_made_an_older_value_readable_stays_clean() {
 fn a_seed_in_which_healing_that_was_not_synced_was_damaged_again_stays_clean() {
     run_one(149_806);
 }
+
+/// A write was refused by a store that had failed, and part of it had landed: reads went on to show the hole that was there
+/// before, and the next opening what had landed. Now the blocks are EIO until then.
+#[test]
+fn a_seed_in_which_a_refused_write_landed_under_a_hole_that_was_shown_stays_clean() {
+    run_one(268_215);
+}

@@ -19,7 +19,7 @@ use std::time::Duration;
 use super::extent::{Extent, ExtentMap, Places, State};
 use super::membership::Register;
 use super::replicas::{Role, Seat, UnderWay};
-use super::sums::SumCache;
+use super::sums::{SumCache, UNKNOWN};
 use super::{VolumeSpec, VolumeStats};
 use crate::buf::{Buf, BufPool};
 use crate::crypto::seal::{SealedBuf, Sealer};
@@ -375,8 +375,10 @@ impl Core {
             Err(error) => {
                 if self.check().is_ok() {
                     tracing::error!(volume = %self.label, extent = %extent.index, "a write failed everywhere: {error}");
-                    if self.takes_writes_somewhere() {
-                        self.settle_blocks(extent, blocks).await;
+                    match self.takes_writes_somewhere() {
+                        true => self.settle_blocks(extent, blocks).await,
+                        // Some of it may have landed: neither what was there before nor what is there now may be shown.
+                        false => extent.set_sums(blocks.start, &vec![UNKNOWN; blocks.len()]),
                     }
                 }
                 Err(error)
