@@ -130,11 +130,14 @@ fn a_detached_volume_is_gone_at_once_also_for_who_is_connected() {
     let mut commands = qemu_io.stdin.take().unwrap();
     commands.write_all(b"write -P 7 0 64k\n").unwrap();
     wait_for("it is connected", || {
-        (tls.vold.ctl("attachment list")["items"][0]["connections"] == 1).then_some(())
+        let connections = tls.vold.ctl("attachment list")["items"][0]["connections"].clone();
+        let written = tls.vold.volume("acme/vol")["allocated_bytes"].clone();
+        (connections == 1 && written != 0).then_some(())
     });
     tls.vold.ctl("detach acme/vol --vm vm1");
     tls.opens(&acme, "acme/vol").unwrap_err();
-    commands.write_all(b"read -P 7 0 64k\nquit\n").unwrap();
+    commands.write_all(b"read -P 7 0 64k\n").unwrap();
+    drop(commands);
     let said = qemu_io.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&said.stdout).into_owned();
     assert!(
