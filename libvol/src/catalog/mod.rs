@@ -8,8 +8,11 @@
 //! It deliberately holds no keys, wrapped or not (those live only in the stores' volume slots), no extents, and no
 //! policy: callers decide inside their transactions what may be changed.
 
+mod changes;
 mod membership;
 mod records;
+#[cfg(any(test, feature = "sim"))]
+mod simulated;
 mod table;
 
 pub use records::{
