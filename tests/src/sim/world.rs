@@ -9,14 +9,14 @@ use std::time::Duration;
 
 use futures_util::future::{Either, select};
 use libvol::disk::Disk;
-use libvol::disk::sim::{Event, FaultPlan, Media, Silent, SimDriver};
+use libvol::disk::sim::{Event, FaultPlan, Media, Silent, SimDriver, SimFile};
 use libvol::ids::{InstallationId, StoreId};
 use libvol::limits::SECTOR_SIZE;
 use libvol::runtime::{Runtime, sleep, spawn};
 use libvol::store::{self, FormatOptions};
 
 use super::Report;
-use super::catalog::{Catalog, Entry, Phase};
+use super::catalog::{self, Catalog, Entry, Phase};
 use super::life::Life;
 use super::model::{Model, PLAINTEXT_MARK};
 use super::plan::{Cut, EXTENT_BYTES, Faults, Plan, Round, Size, Trouble, stream};
@@ -86,11 +86,15 @@ pub struct World {
     bad: usize,
     /// Something has gone wrong with it, and is not put right yet.
     troubled: bool,
+    changes_cut: u64,
     log: Rc<Log>,
 }
 
 /// Sectors that silent damage was done to: disk, byte offset, bytes.
 type Silently = Rc<RefCell<Vec<(usize, u64, Vec<u8>)>>>;
+
+/// New catalogs, by number of extents, whether media are zeros, and number of stores.
+type Catalogs = BTreeMap<(u64, bool, usize), SimFile>;
 
 /// Freshly formatted stores, by number of extents and whether their media are zeros.
 type Formatted = BTreeMap<(u64, bool), (Vec<Media>, Vec<StoreId>)>;
@@ -98,6 +102,7 @@ type Formatted = BTreeMap<(u64, bool), (Vec<Media>, Vec<StoreId>)>;
 thread_local! {
     /// Made once.
     static FORMATTED: RefCell<Formatted> = const { RefCell::new(BTreeMap::new()) };
+    static CATALOGS: RefCell<Catalogs> = const { RefCell::new(BTreeMap::new()) };
 }
 
 /// Most stores of a world.
@@ -112,6 +117,18 @@ fn formatted(plan: &Plan) -> (Vec<Media>, Vec<StoreId>) {
     media.truncate(plan.stores);
     stores.truncate(plan.stores);
     (media, stores)
+}
+
+fn new_catalog(seed: u64, plan: &Plan, stores: &[StoreId]) -> Catalog {
+    let key = (plan.extents, plan.zero_filled, stores.len());
+    let file = CATALOGS.with(|made| {
+        let made = &mut *made.borrow_mut();
+        let file = made
+            .entry(key)
+            .or_insert_with(|| catalog::formatted(stores, plan.extents));
+        file.clone()
+    });
+    Catalog::new(&file, stores.to_vec(), stream(seed, "catalog", &[]))
 }
 
 fn format(plan: &Plan) -> (Vec<Media>, Vec<StoreId>) {
@@ -142,6 +159,9 @@ fn format(plan: &Plan) -> (Vec<Media>, Vec<StoreId>) {
 
 impl World {
     /// The world of a seed, before its first round.
+    ///
+    /// # Panics
+    /// When its catalog does not open.
     pub fn new(seed: u64, size: Size, faults: Faults, log: Rc<Log>) -> Self {
         let plan = Plan::new(seed, &faults);
         let (media, stores) = formatted(&plan);
@@ -149,14 +169,15 @@ impl World {
             seed,
             size,
             faults,
-            plan,
             media,
+            catalog: new_catalog(seed, &plan, &stores),
+            plan,
             stores,
-            catalog: Catalog::default(),
             models: Models::default(),
             damages: Damages::default(),
             bad: 0,
             troubled: false,
+            changes_cut: 0,
             log,
         }
     }
@@ -186,6 +207,8 @@ impl World {
             report.trace_hash = report.trace_hash.rotate_left(7) ^ hash;
             self.rest(number, last, &mut report);
         }
+        report.changes_cut = self.changes_cut;
+        report.trace_hash ^= self.catalog.trace_hash();
         report
     }
 
@@ -251,10 +274,16 @@ impl World {
         drop(runtime);
         driver.watch_writes(None);
         driver.allow_silent(None);
-        self.media = match ended {
-            true => driver.media_after_exit(),
-            false => driver.media_after_cut(round.unsynced),
-        };
+        match ended {
+            true => {
+                self.media = driver.media_after_exit();
+                self.catalog.end_process();
+            }
+            false => {
+                self.media = driver.media_after_cut(round.unsynced);
+                self.changes_cut += u64::from(self.catalog.lose_power(round.unsynced));
+            }
+        }
         for (disk, at, bytes) in silently.map(|list| list.take()).unwrap_or_default() {
             self.add_damage(disk, at, &bytes);
         }
@@ -276,9 +305,10 @@ impl World {
         }
         self.troubled |= failing;
         records.suspect = self.troubled.then_some(self.bad);
+        drop(records);
         if round.is_last {
             // The operator has looked at the device.
-            records.faults.clear();
+            self.catalog.clear_faults();
         }
     }
 
