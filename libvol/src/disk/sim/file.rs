@@ -11,14 +11,54 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::media::{Bytes, Cut};
 use super::rng::Rng;
-use crate::limits::SECTOR_SIZE;
+use crate::limits::{BLOCK, BLOCK_SIZE, SECTOR_SIZE};
 
 /// What was asked of the file.
 #[derive(Clone)]
 enum Asked {
-    Write { at: u64, data: Vec<u8> },
+    Write { at: u64, data: Data },
     SetLen(u64),
     Sync,
+}
+
+/// What is written; whole blocks are shared by all that hold them.
+#[derive(Clone)]
+enum Data {
+    Blocks(Vec<Arc<[u8; BLOCK_SIZE]>>),
+    Bytes(Vec<u8>),
+}
+
+impl Data {
+    fn new(at: u64, data: &[u8]) -> Self {
+        let (blocks, rest) = data.as_chunks::<BLOCK_SIZE>();
+        match at.is_multiple_of(BLOCK) && rest.is_empty() {
+            true => Self::Blocks(blocks.iter().map(|block| Arc::new(*block)).collect()),
+            false => Self::Bytes(data.to_vec()),
+        }
+    }
+
+    fn len(&self) -> u64 {
+        match self {
+            Self::Blocks(blocks) => blocks.len() as u64 * BLOCK,
+            Self::Bytes(bytes) => bytes.len() as u64,
+        }
+    }
+
+    fn write(&self, at: u64, bytes: &mut Bytes) {
+        match self {
+            Self::Blocks(blocks) => (at / BLOCK..)
+                .zip(blocks)
+                .for_each(|(block, data)| bytes.put(block, data)),
+            Self::Bytes(data) => bytes.write(at, data),
+        }
+    }
+
+    fn to_vec(&self) -> Vec<u8> {
+        match self {
+            Self::Blocks(blocks) => blocks.iter().flat_map(|block| block.iter().copied()).collect(),
+            Self::Bytes(bytes) => bytes.clone(),
+        }
+    }
 }
 
 /// Contents and length.
@@ -38,7 +78,7 @@ impl Image {
 
     fn apply(&mut self, asked: &Asked) {
         match asked {
-            Asked::Write { at, data } => self.bytes.write(*at, data),
+            Asked::Write { at, data } => data.write(*at, &mut self.bytes),
             Asked::SetLen(len) => self.set_len(*len),
             Asked::Sync => {}
         }
@@ -177,8 +217,10 @@ impl SimFile {
         if end > self.len()? {
             self.set_len(end)?;
         }
-        let data = data.to_vec();
-        self.ask(Asked::Write { at, data })
+        self.ask(Asked::Write {
+            at,
+            data: Data::new(at, data),
+        })
     }
 
     pub(crate) fn set_len(&self, len: u64) -> io::Result<()> {
@@ -201,7 +243,7 @@ impl SimFile {
         });
         for asked in writes {
             if let Asked::Write { at, data } = asked {
-                state.hash = mixed(mixed(state.hash, *at), data.len() as u64);
+                state.hash = mixed(mixed(state.hash, *at), data.len());
             }
         }
         state.hash = mixed(state.hash, state.now.len);
@@ -241,6 +283,7 @@ fn land(image: &mut Image, unsynced: &[Asked], cut: Cut, rng: &mut Rng) {
         writes.swap(i, rng.below(i as u64 + 1) as usize);
     }
     for (at, data) in writes {
+        let data = data.to_vec();
         let piece = if torn { SECTOR_SIZE } else { data.len() };
         for (i, piece_of) in data.chunks(piece.max(1)).enumerate() {
             if rng.one_in(2) {

@@ -48,6 +48,15 @@ impl Bytes {
 }
 
 impl Bytes {
+    /// Puts a whole block in its place.
+    pub(super) fn put(&mut self, block: u64, bytes: &Arc<[u8; BLOCK_SIZE]>) {
+        let block = block as usize;
+        if block >= self.0.len() {
+            self.0.resize(block + 1, None);
+        }
+        self.0[block] = Some(bytes.clone());
+    }
+
     /// Everything from `len` on is zero from now on.
     pub(super) fn clip(&mut self, len: u64) {
         let blocks = len.div_ceil(BLOCK) as usize;
