@@ -30,6 +30,13 @@ use super::records::{Found, cmk_id, customer_id, dataset_id, volume_id};
 /// The time of day, which stands still.
 const NOON: u64 = 43_200;
 
+/// Longest wait of a change before its transaction, and after it.
+pub const CHANGE_MAX: Duration = Duration::from_micros(300);
+
+fn pause(rng: &mut Rng) -> Duration {
+    Duration::from_micros(rng.below(CHANGE_MAX.as_micros() as u64))
+}
+
 /// The daemon's catalog, open.
 type Real = libvol::catalog::Catalog;
 
@@ -44,6 +51,8 @@ struct Machine {
     under_way: VecDeque<(u64, Found)>,
     /// The next volume's number.
     next: u32,
+    /// Who is told when so many more transactions have run, before the last of them returns.
+    awaited: Option<(u64, oneshot::Sender<()>)>,
     /// Chance for what nobody else has chance for.
     rng: Rng,
 }
@@ -59,6 +68,15 @@ impl Machine {
         let found = read(self.open());
         let mark = self.file.mark();
         self.under_way.push_back((mark, found));
+        self.awaited = match self.awaited.take() {
+            Some((0, told)) => {
+                // Nobody hears of it once the life has ended.
+                let _ = told.send(());
+                None
+            }
+            Some((left, told)) => Some((left - 1, told)),
+            None => None,
+        };
         (result, mark)
     }
 
@@ -160,6 +178,7 @@ impl Catalog {
             stores,
             under_way: VecDeque::new(),
             next: 0,
+            awaited: None,
             rng,
         };
         Self {
@@ -219,6 +238,13 @@ impl Catalog {
         self.show();
     }
 
+    /// Hears of the `n`th transaction from now on, from 0, when it has run and nobody has seen it yet.
+    pub fn await_change(&self, n: u64) -> oneshot::Receiver<()> {
+        let (told, ran) = oneshot::channel();
+        self.machine().awaited = Some((n, told));
+        ran
+    }
+
     /// Equal for equal histories.
     pub fn trace_hash(&self) -> u64 {
         self.machine().file.trace_hash()
@@ -239,9 +265,9 @@ impl Catalog {
         rng: &mut Rng,
         change: impl FnOnce(&mut Machine) -> (libvol::Result<T>, u64),
     ) -> libvol::Result<T> {
-        sleep(Duration::from_micros(rng.below(300))).await;
+        sleep(pause(rng)).await;
         let (result, mark) = change(&mut self.machine());
-        sleep(Duration::from_micros(rng.below(300))).await;
+        sleep(pause(rng)).await;
         self.machine().returned(mark);
         self.show();
         result

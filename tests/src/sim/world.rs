@@ -16,7 +16,7 @@ use libvol::runtime::{Runtime, sleep, spawn};
 use libvol::store::{self, FormatOptions};
 
 use super::Report;
-use super::catalog::{self, Catalog, Entry, Phase};
+use super::catalog::{self, CHANGE_MAX, Catalog, Entry, Phase};
 use super::life::Life;
 use super::model::{Model, PLAINTEXT_MARK};
 use super::plan::{Cut, EXTENT_BYTES, Faults, Plan, Round, Size, Trouble, stream};
@@ -24,6 +24,9 @@ use super::rest::{self, Damages};
 
 /// No life takes longer than this, in virtual time.
 const LIFE_MAX: Duration = Duration::from_secs(600);
+
+/// Changes of the catalog that a life makes at least, as a rule.
+const CHANGES: u64 = 6;
 
 /// The engines of all rounds, for their traces.
 pub struct Log {
@@ -246,9 +249,13 @@ impl World {
                 _ => self.damages.disks(),
             },
         };
+        let change_cut = self.plan_change_cut(&driver, round);
         let runtime = Runtime::new(driver.clone());
         let (cut, bad, may_hang) = (driver.clone(), self.bad, round.trouble == Trouble::Vanishing);
         let ended = runtime.block_on(async move {
+            if let Some(change_cut) = change_cut {
+                spawn(change_cut).detach();
+            }
             if let Some(after) = returns {
                 let driver = cut.clone();
                 let back = async move {
@@ -310,6 +317,26 @@ impl World {
             // The operator has looked at the device.
             self.catalog.clear_faults();
         }
+    }
+
+    /// In a quarter of the rounds with a cut, the power may go sooner: while the catalog is being changed.
+    fn plan_change_cut(
+        &self,
+        driver: &Rc<SimDriver>,
+        round: &Round,
+    ) -> Option<impl Future<Output = ()> + 'static + use<>> {
+        let mut rng = stream(self.seed, "change cut", &[u64::from(round.number)]);
+        if round.cut == Cut::Never || !rng.one_in(4) {
+            return None;
+        }
+        let ran = self.catalog.await_change(rng.below(CHANGES));
+        let (driver, after) = (driver.clone(), rng.below(CHANGE_MAX.as_micros() as u64 / 3));
+        Some(async move {
+            if ran.await.is_ok() {
+                sleep(Duration::from_micros(after)).await;
+                driver.cut_now();
+            }
+        })
     }
 
     /// What goes wrong with the bad disk. If it is away, when it comes back.

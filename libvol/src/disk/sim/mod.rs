@@ -179,6 +179,13 @@ impl SimDriver {
         state.cut_at_call = Some(state.calls + n);
     }
 
+    /// The power goes now.
+    pub fn cut_now(&self) {
+        if !self.is_cut() {
+            self.power_off();
+        }
+    }
+
     /// Disk calls submitted so far.
     pub fn calls(&self) -> u64 {
         self.state.borrow().calls
