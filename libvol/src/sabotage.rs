@@ -65,6 +65,7 @@ rules! {
     KeyCopies: "one of the two copies of a destroyed volume's keys is forgotten",
     StaleSlots: "a slot of no live volume is left as it is at the opening",
     HealLocks: "a damaged block is healed without its lock",
+    CatalogDurable: "a change of the catalog returns before it is durable",
 }
 
 #[cfg(feature = "sabotage")]

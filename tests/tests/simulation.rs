@@ -11,6 +11,7 @@ fn share(number: u64) {
     for seed in (number..scale(512, 4096)).step_by(SHARES as usize) {
         let report = run_one(seed);
         total.crash_points += report.crash_points;
+        total.changes_cut += report.changes_cut;
         total.flips += report.flips;
         total.destroyed += report.destroyed;
         total.acknowledged += report.acknowledged;
@@ -18,7 +19,7 @@ fn share(number: u64) {
     println!("share {number} of {SHARES}: {total:?}");
     // A world in which nothing happens promises nothing.
     assert!(
-        total.crash_points > 300 && total.flips > 50 && total.destroyed > 30,
+        total.crash_points > 300 && total.changes_cut > 30 && total.flips > 50 && total.destroyed > 30,
         "{total:?}"
     );
 }

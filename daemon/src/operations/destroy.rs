@@ -9,9 +9,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use libvol::catalog::{
-    DestroyRecord, DestroyedStore, Leaving, Phase, ScrubRecord, StoreRecord, Tombstone, VolumeRecord,
-};
+use libvol::catalog::{DestroyRecord, DestroyedStore, Phase, StoreRecord, VolumeRecord};
 use libvol::control::{self, DestroyState, DestroyStep};
 use libvol::destroy::{self, Ledger, Outcome, Part, Reached};
 use libvol::ids::{Name, StoreId, VolumeId, VolumePath};
@@ -43,7 +41,7 @@ impl Operations {
         let id = volume.id;
         let stores = self.stores_to_destroy_on(&volume).await?;
         let started = self.change(|tx| {
-            let mut volume = locked_volume(tx, path, id)?;
+            let volume = locked_volume(tx, path, id)?;
             if volume.phase == Phase::Destroying {
                 return Ok(false);
             }
@@ -60,36 +58,7 @@ impl Operations {
                     vm.name
                 )));
             }
-            volume.phase = Phase::Destroying;
-            tx.update(&volume)?;
-            if tx.get::<ScrubRecord>(volume.id)?.is_some() {
-                tx.remove::<ScrubRecord>(volume.id)?;
-            }
-            let is_lost = |store: StoreId| {
-                let record = tx.get::<StoreRecord>(store)?;
-                Ok(record.is_some_and(|store| store.leaving == Some(Leaving::Lost)))
-            };
-            let lost: Vec<bool> = stores
-                .iter()
-                .map(|store| is_lost(*store))
-                .collect::<Result<_>>()?;
-            tx.insert(&DestroyRecord {
-                volume: volume.id,
-                path: volume.path.clone(),
-                customer: volume.customer,
-                stores: stores
-                    .iter()
-                    .zip(lost)
-                    .map(|(store, lost)| DestroyedStore {
-                        store: *store,
-                        extents: 0,
-                        done: false,
-                        lost,
-                    })
-                    .collect(),
-                started_unix_seconds: unix_seconds(),
-                finished_unix_seconds: None,
-            })?;
+            tx.begin_destruction(volume, &stores, unix_seconds())?;
             Ok(true)
         })?;
         if started {
@@ -293,40 +262,18 @@ impl CatalogLedger {
 impl Ledger for CatalogLedger {
     async fn store_done(&self, volume: VolumeId, store: StoreId, extents: u32) -> Result<()> {
         self.record(move |operations| {
-            operations.catalog.write(|tx| {
-                let mut record = tx
-                    .get::<DestroyRecord>(volume)?
-                    .ok_or_else(|| Error::internal(format!("no destruction of {volume} in the catalog")))?;
-                for part in record.stores.iter_mut().filter(|part| part.store == store) {
-                    part.done = true;
-                    part.extents = extents;
-                }
-                tx.update(&record)
-            })
+            operations
+                .catalog
+                .write(|tx| tx.destroyed_on(volume, store, extents))
         })
         .await
     }
 
     async fn finished(&self, volume: VolumeId) -> Result<()> {
         self.record(move |operations| {
-            operations.catalog.write(|tx| {
-                let mut record = tx
-                    .get::<DestroyRecord>(volume)?
-                    .ok_or_else(|| Error::internal(format!("no destruction of {volume} in the catalog")))?;
-                let over = |part: &DestroyedStore| part.done || part.lost;
-                assert!(record.stores.iter().all(over), "every store is done");
-                record.finished_unix_seconds = Some(unix_seconds());
-                tx.update(&record)?;
-                // A crash between store_done and here may find the rest done already.
-                if let Some(gone) = tx.get::<VolumeRecord>(volume)? {
-                    tx.insert(&Tombstone {
-                        volume,
-                        dataset: gone.dataset,
-                    })?;
-                    tx.remove::<VolumeRecord>(volume)?;
-                }
-                Ok(())
-            })
+            operations
+                .catalog
+                .write(|tx| tx.finish_destruction(volume, unix_seconds()))
         })
         .await
     }

@@ -378,16 +378,11 @@ impl Operations {
             if recorded(&self.look(|view| view.get::<StoreRecord>(id))?) {
                 continue;
             }
-            self.change(|tx| {
-                let Some(mut record) = tx.get::<StoreRecord>(id)? else {
-                    return Ok(());
-                };
-                record.fault = Some(StoreFault {
-                    reason: reason.clone(),
-                    since_unix_seconds: unix_seconds(),
-                });
-                tx.update(&record)
-            })?;
+            let fault = StoreFault {
+                reason: reason.clone(),
+                since_unix_seconds: unix_seconds(),
+            };
+            self.change(|tx| tx.latch_fault(id, fault))?;
             self.audit.did("store.fault", &handle.info().name, &reason);
             tracing::error!(store = %handle.info().name, "latched faulty, out of use until an operator acts: {reason}");
         }

@@ -154,13 +154,7 @@ impl Operations {
     }
 
     pub(super) fn set_phase(&self, id: VolumeId, phase: Phase) -> Result<()> {
-        self.change(|tx| {
-            let mut record = tx
-                .get::<VolumeRecord>(id)?
-                .ok_or_else(|| Error::internal(format!("volume {id} is gone from the catalog")))?;
-            record.phase = phase;
-            tx.update(&record)
-        })
+        self.change(|tx| tx.set_phase(id, phase))
     }
 
     /// Undoes an unfinished creation: slots on stores are overwritten, then the record goes. The volume never held data.
@@ -272,13 +266,7 @@ impl Operations {
         if let Some(e) = failed.filter(|_| !told) {
             return Err(e);
         }
-        self.change(|tx| {
-            let mut record = tx
-                .get::<VolumeRecord>(id)?
-                .ok_or_else(|| Error::internal(format!("volume {id} is gone from the catalog")))?;
-            record.size_bytes = size;
-            tx.update(&record)
-        })?;
+        self.change(|tx| tx.set_size(id, size))?;
         self.shards
             .of_volume(id)
             .call(move |registry| async move {

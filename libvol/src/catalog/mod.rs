@@ -8,8 +8,11 @@
 //! It deliberately holds no keys, wrapped or not (those live only in the stores' volume slots), no extents, and no
 //! policy: callers decide inside their transactions what may be changed.
 
+mod changes;
 mod membership;
 mod records;
+#[cfg(any(test, feature = "sim"))]
+mod simulated;
 mod table;
 
 pub use records::{
@@ -21,10 +24,11 @@ pub use table::{Record, Tx, View};
 use std::path::{Path, PathBuf};
 
 use redb::backends::InMemoryBackend;
-use redb::{Builder, Database, ReadableDatabase, StorageBackend};
+use redb::{Builder, Database, Durability, ReadableDatabase, StorageBackend};
 
 use crate::error::{Error, Kind, Result};
 use crate::ids::InstallationId;
+use crate::sabotage::{Rule, broken};
 
 /// Layout of the records; a catalog of a higher one is refused.
 pub const CATALOG_VERSION: u64 = 1;
@@ -148,6 +152,12 @@ impl Catalog {
         let mut transaction = self.database.begin_write().map_err(|e| failed(&self.path, e))?;
         // After a kill the next open then loads the allocator's state instead of walking every page.
         transaction.set_quick_repair(true);
+        if broken(Rule::CatalogDurable) {
+            transaction.set_quick_repair(false);
+            transaction
+                .set_durability(Durability::None)
+                .map_err(|e| failed(&self.path, e))?;
+        }
         let result = change(&Tx::new(&transaction, &self.path));
         match result {
             Ok(value) => {

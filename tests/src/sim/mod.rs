@@ -9,7 +9,8 @@
 //! | [`volumes`] | its volumes: made, opened, destroyed; replicas brought back |
 //! | [`verify`] | a volume that was opened, held to the oracle |
 //! | [`work`] | one worker's requests on one volume |
-//! | [`catalog`] | the control plane's records, as a register that survives cuts |
+//! | [`catalog`] | the daemon's catalog, on a simulated file |
+//! | [`records`] | what is read out of it |
 //! | [`model`] | what a volume may answer, sector by sector |
 //! | [`rest`] | what the disks hold when nothing runs: the offline check, replicas, keys; and damage |
 //! | [`shrink`] | a failing history made smaller |
@@ -21,6 +22,7 @@ pub mod catalog;
 pub mod life;
 pub mod model;
 pub mod plan;
+pub mod records;
 pub mod rest;
 #[cfg(feature = "sabotage")]
 pub mod sabotage;
@@ -47,6 +49,8 @@ use world::{Log, World};
 pub struct Report {
     /// Power cuts that a full recovery and an oracle pass followed.
     pub crash_points: u64,
+    /// Power cuts while the catalog was being changed.
+    pub changes_cut: u64,
     /// Rounds.
     pub rounds: u64,
     /// Bits that flipped at rest.

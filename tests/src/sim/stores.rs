@@ -14,7 +14,6 @@ use libvol::limits::STORE_CLOSING_MAX;
 use libvol::runtime::{sleep, timeout};
 use libvol::store::{self, Expect, Severity, StoreHandle, StoreIo};
 
-use super::catalog::Records;
 use super::life::Running;
 
 /// Between two looks at stores and replicas.
@@ -105,8 +104,7 @@ impl Running {
             return;
         }
         let mut rng = self.rng("fault", disk as u32);
-        let record = |records: &mut Records| records.faults.insert(disk, reason);
-        self.life.catalog.change(&mut rng, record).await;
+        self.life.catalog.latch_fault(&mut rng, disk, reason).await;
     }
 
     /// The operator's word that a faulty store may be used again.
@@ -123,8 +121,7 @@ impl Running {
             self.close_store(disk, open).await;
         }
         let mut rng = self.rng("reopen", disk as u32);
-        let clear = |records: &mut Records| records.faults.remove(&disk);
-        self.life.catalog.change(&mut rng, clear).await;
+        self.life.catalog.clear_fault(&mut rng, disk).await;
         if let Err(error) = self.open_store(disk).await {
             self.tolerate_on(disk, &error);
         }

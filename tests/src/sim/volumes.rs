@@ -19,7 +19,7 @@ use libvol::secret::Secret;
 use libvol::store::{Change, Member, VolumeRecord, VolumeState};
 use libvol::volume::{ReplicaSpec, Volume, VolumeSpec};
 
-use super::catalog::{Entry, Phase, Records, VolumeRegister};
+use super::catalog::{Entry, Phase, VolumeRegister};
 use super::life::{BLOCK_SECTORS, Running, STUCK};
 use super::model::Model;
 use super::plan::EXTENT_BLOCKS;
@@ -50,15 +50,7 @@ impl Running {
         }
         replicas.truncate(1 + rng.below(count as u64) as usize);
         let blocks = 1 + rng.below(BLOCKS_MAX);
-        let stores = replicas.iter().map(|disk| self.life.stores[*disk]).collect();
-        let make = |records: &mut Records| {
-            let number = records.next;
-            records.next += 1;
-            let entry = Entry::new(number, replicas, stores, blocks);
-            records.live.insert(number, entry.clone());
-            entry
-        };
-        let mut entry = self.life.catalog.change(&mut rng, make).await;
+        let mut entry = self.life.catalog.create(&mut rng, &replicas, blocks).await;
         for disk in &entry.replicas {
             if let Err(error) = self.put_on(*disk, &entry, entry.record()).await {
                 if error.kind() == Kind::Busy {
@@ -77,10 +69,7 @@ impl Running {
             .models
             .borrow_mut()
             .insert(number, Model::new(number, sectors));
-        let ready = |records: &mut Records| {
-            records.live.get_mut(&number).expect("made above").phase = Phase::Ready;
-        };
-        self.life.catalog.change(&mut rng, ready).await;
+        self.life.catalog.set_ready(&mut rng, number).await;
         entry.phase = Phase::Ready;
         self.life.driver.note(|| {
             format!(
@@ -119,14 +108,8 @@ impl Running {
             }
         }
         let number = entry.number;
-        let remove = |records: &mut Records| {
-            let entry = records.live.remove(&number).expect("rolled back once");
-            records.gone.insert(number, entry);
-        };
-        self.life
-            .catalog
-            .change(&mut self.rng("roll back", number), remove)
-            .await;
+        let mut rng = self.rng("roll back", number);
+        self.life.catalog.remove_created(&mut rng, number).await;
         self.life.models.borrow_mut().remove(&number);
     }
 
@@ -188,10 +171,7 @@ impl Running {
             self.tolerate(number, &Error::unavailable("no replica in sync has the new size"));
             return false;
         }
-        let set = |records: &mut Records| {
-            records.live.get_mut(&number).expect("it serves").blocks = blocks;
-        };
-        self.life.catalog.change(rng, set).await;
+        self.life.catalog.set_size(rng, number, blocks).await;
         self.grow_model(number, blocks);
         true
     }

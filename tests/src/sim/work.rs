@@ -12,7 +12,6 @@ use libvol::limits::{BLOCK, SECTOR_SIZE};
 use libvol::runtime::{sleep, spawn, timeout};
 use libvol::volume::Volume;
 
-use super::catalog::{Phase, Records};
 use super::life::{BLOCK_SECTORS, Flag, Running, STUCK};
 use super::model::Model;
 use super::plan::EXTENT_BLOCKS;
@@ -136,10 +135,7 @@ fn any_turn(running: &Running, rng: &mut Rng) -> Turn {
 
 async fn begin_destroying(running: &Running, number: u32, volume: &Volume, rng: &mut Rng) {
     let _lock = running.lock(number).await;
-    let intend = |records: &mut Records| {
-        records.live.get_mut(&number).expect("it serves").phase = Phase::Destroying;
-    };
-    running.life.catalog.change(rng, intend).await;
+    running.life.catalog.begin_destruction(rng, number).await;
     running.volumes.borrow_mut().remove(&number);
     ends(number, "its requests", volume.abandon()).await;
     running

@@ -9,14 +9,14 @@ use std::time::Duration;
 
 use futures_util::future::{Either, select};
 use libvol::disk::Disk;
-use libvol::disk::sim::{Event, FaultPlan, Media, Silent, SimDriver};
+use libvol::disk::sim::{Event, FaultPlan, Media, Silent, SimDriver, SimFile};
 use libvol::ids::{InstallationId, StoreId};
 use libvol::limits::SECTOR_SIZE;
 use libvol::runtime::{Runtime, sleep, spawn};
 use libvol::store::{self, FormatOptions};
 
 use super::Report;
-use super::catalog::{Catalog, Entry, Phase};
+use super::catalog::{self, CHANGE_MAX, Catalog, Entry, Phase};
 use super::life::Life;
 use super::model::{Model, PLAINTEXT_MARK};
 use super::plan::{Cut, EXTENT_BYTES, Faults, Plan, Round, Size, Trouble, stream};
@@ -24,6 +24,9 @@ use super::rest::{self, Damages};
 
 /// No life takes longer than this, in virtual time.
 const LIFE_MAX: Duration = Duration::from_secs(600);
+
+/// Changes of the catalog that a life makes at least, as a rule.
+const CHANGES: u64 = 6;
 
 /// The engines of all rounds, for their traces.
 pub struct Log {
@@ -86,11 +89,15 @@ pub struct World {
     bad: usize,
     /// Something has gone wrong with it, and is not put right yet.
     troubled: bool,
+    changes_cut: u64,
     log: Rc<Log>,
 }
 
 /// Sectors that silent damage was done to: disk, byte offset, bytes.
 type Silently = Rc<RefCell<Vec<(usize, u64, Vec<u8>)>>>;
+
+/// New catalogs, by number of extents, whether media are zeros, and number of stores.
+type Catalogs = BTreeMap<(u64, bool, usize), SimFile>;
 
 /// Freshly formatted stores, by number of extents and whether their media are zeros.
 type Formatted = BTreeMap<(u64, bool), (Vec<Media>, Vec<StoreId>)>;
@@ -98,6 +105,7 @@ type Formatted = BTreeMap<(u64, bool), (Vec<Media>, Vec<StoreId>)>;
 thread_local! {
     /// Made once.
     static FORMATTED: RefCell<Formatted> = const { RefCell::new(BTreeMap::new()) };
+    static CATALOGS: RefCell<Catalogs> = const { RefCell::new(BTreeMap::new()) };
 }
 
 /// Most stores of a world.
@@ -112,6 +120,18 @@ fn formatted(plan: &Plan) -> (Vec<Media>, Vec<StoreId>) {
     media.truncate(plan.stores);
     stores.truncate(plan.stores);
     (media, stores)
+}
+
+fn new_catalog(seed: u64, plan: &Plan, stores: &[StoreId]) -> Catalog {
+    let key = (plan.extents, plan.zero_filled, stores.len());
+    let file = CATALOGS.with(|made| {
+        let made = &mut *made.borrow_mut();
+        let file = made
+            .entry(key)
+            .or_insert_with(|| catalog::formatted(stores, plan.extents));
+        file.clone()
+    });
+    Catalog::new(&file, stores.to_vec(), stream(seed, "catalog", &[]))
 }
 
 fn format(plan: &Plan) -> (Vec<Media>, Vec<StoreId>) {
@@ -142,6 +162,9 @@ fn format(plan: &Plan) -> (Vec<Media>, Vec<StoreId>) {
 
 impl World {
     /// The world of a seed, before its first round.
+    ///
+    /// # Panics
+    /// When its catalog does not open.
     pub fn new(seed: u64, size: Size, faults: Faults, log: Rc<Log>) -> Self {
         let plan = Plan::new(seed, &faults);
         let (media, stores) = formatted(&plan);
@@ -149,14 +172,15 @@ impl World {
             seed,
             size,
             faults,
-            plan,
             media,
+            catalog: new_catalog(seed, &plan, &stores),
+            plan,
             stores,
-            catalog: Catalog::default(),
             models: Models::default(),
             damages: Damages::default(),
             bad: 0,
             troubled: false,
+            changes_cut: 0,
             log,
         }
     }
@@ -186,6 +210,8 @@ impl World {
             report.trace_hash = report.trace_hash.rotate_left(7) ^ hash;
             self.rest(number, last, &mut report);
         }
+        report.changes_cut = self.changes_cut;
+        report.trace_hash ^= self.catalog.trace_hash();
         report
     }
 
@@ -223,9 +249,13 @@ impl World {
                 _ => self.damages.disks(),
             },
         };
+        let change_cut = self.plan_change_cut(&driver, round);
         let runtime = Runtime::new(driver.clone());
         let (cut, bad, may_hang) = (driver.clone(), self.bad, round.trouble == Trouble::Vanishing);
         let ended = runtime.block_on(async move {
+            if let Some(change_cut) = change_cut {
+                spawn(change_cut).detach();
+            }
             if let Some(after) = returns {
                 let driver = cut.clone();
                 let back = async move {
@@ -251,10 +281,16 @@ impl World {
         drop(runtime);
         driver.watch_writes(None);
         driver.allow_silent(None);
-        self.media = match ended {
-            true => driver.media_after_exit(),
-            false => driver.media_after_cut(round.unsynced),
-        };
+        match ended {
+            true => {
+                self.media = driver.media_after_exit();
+                self.catalog.end_process();
+            }
+            false => {
+                self.media = driver.media_after_cut(round.unsynced);
+                self.changes_cut += u64::from(self.catalog.lose_power(round.unsynced));
+            }
+        }
         for (disk, at, bytes) in silently.map(|list| list.take()).unwrap_or_default() {
             self.add_damage(disk, at, &bytes);
         }
@@ -276,10 +312,31 @@ impl World {
         }
         self.troubled |= failing;
         records.suspect = self.troubled.then_some(self.bad);
+        drop(records);
         if round.is_last {
             // The operator has looked at the device.
-            records.faults.clear();
+            self.catalog.clear_faults();
         }
+    }
+
+    /// In a quarter of the rounds with a cut, the power may go sooner: while the catalog is being changed.
+    fn plan_change_cut(
+        &self,
+        driver: &Rc<SimDriver>,
+        round: &Round,
+    ) -> Option<impl Future<Output = ()> + 'static + use<>> {
+        let mut rng = stream(self.seed, "change cut", &[u64::from(round.number)]);
+        if round.cut == Cut::Never || !rng.one_in(4) {
+            return None;
+        }
+        let ran = self.catalog.await_change(rng.below(CHANGES));
+        let (driver, after) = (driver.clone(), rng.below(CHANGE_MAX.as_micros() as u64 / 3));
+        Some(async move {
+            if ran.await.is_ok() {
+                sleep(Duration::from_micros(after)).await;
+                driver.cut_now();
+            }
+        })
     }
 
     /// What goes wrong with the bad disk. If it is away, when it comes back.

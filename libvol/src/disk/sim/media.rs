@@ -3,7 +3,7 @@
 //! A write counts from the moment it is submitted: until a sync that began after its completion succeeds, a power cut
 //! may leave any of its 512-byte sectors old or new, independently, and in any order with other unsynced writes.
 
-use std::rc::Rc;
+use std::sync::Arc;
 
 use super::rng::Rng;
 use crate::limits::{BLOCK, BLOCK_SIZE, SECTOR_SIZE};
@@ -11,21 +11,21 @@ use crate::limits::{BLOCK, BLOCK_SIZE, SECTOR_SIZE};
 /// Sparse bytes, a block a place; absent blocks are zero. Blocks are shared between copies until one of them changes, so
 /// that a snapshot, or what a power cut leaves, costs a pointer a block.
 #[derive(Clone, Default)]
-struct Bytes(Vec<Option<Rc<[u8; BLOCK_SIZE]>>>);
+pub(super) struct Bytes(Vec<Option<Arc<[u8; BLOCK_SIZE]>>>);
 
 impl Bytes {
-    fn block(&self, block: u64) -> Option<&Rc<[u8; BLOCK_SIZE]>> {
+    fn block(&self, block: u64) -> Option<&Arc<[u8; BLOCK_SIZE]>> {
         self.0.get(block as usize)?.as_ref()
     }
 
-    fn read(&self, at: u64, out: &mut [u8]) {
+    pub(super) fn read(&self, at: u64, out: &mut [u8]) {
         each_piece(at, out.len(), |block, within, range| match self.block(block) {
             Some(bytes) => out[range.clone()].copy_from_slice(&bytes[within..within + range.len()]),
             None => out[range].fill(0),
         });
     }
 
-    fn write(&mut self, at: u64, data: &[u8]) {
+    pub(super) fn write(&mut self, at: u64, data: &[u8]) {
         each_piece(at, data.len(), |block, within, range| {
             let data = &data[range];
             let block = block as usize;
@@ -34,16 +34,37 @@ impl Bytes {
             }
             match (&mut self.0[block], <&[u8; BLOCK_SIZE]>::try_from(data)) {
                 (place @ None, _) if data.iter().all(|byte| *byte == 0) => *place = None,
-                (place, Ok(whole)) => match place.as_mut().and_then(Rc::get_mut) {
+                (place, Ok(whole)) => match place.as_mut().and_then(Arc::get_mut) {
                     Some(bytes) => *bytes = *whole,
-                    None => *place = Some(Rc::new(*whole)),
+                    None => *place = Some(Arc::new(*whole)),
                 },
                 (place, Err(_)) => {
-                    let bytes = place.get_or_insert_with(|| Rc::new([0; BLOCK_SIZE]));
-                    Rc::make_mut(bytes)[within..within + data.len()].copy_from_slice(data);
+                    let bytes = place.get_or_insert_with(|| Arc::new([0; BLOCK_SIZE]));
+                    Arc::make_mut(bytes)[within..within + data.len()].copy_from_slice(data);
                 }
             }
         });
+    }
+}
+
+impl Bytes {
+    /// Puts a whole block in its place.
+    pub(super) fn put(&mut self, block: u64, bytes: &Arc<[u8; BLOCK_SIZE]>) {
+        let block = block as usize;
+        if block >= self.0.len() {
+            self.0.resize(block + 1, None);
+        }
+        self.0[block] = Some(bytes.clone());
+    }
+
+    /// Everything from `len` on is zero from now on.
+    pub(super) fn clip(&mut self, len: u64) {
+        let blocks = len.div_ceil(BLOCK) as usize;
+        self.0.truncate(blocks);
+        let tail = (blocks as u64 * BLOCK - len) as usize;
+        if blocks == self.0.len() && tail > 0 {
+            self.write(len, &[0; BLOCK_SIZE][..tail]);
+        }
     }
 }
 

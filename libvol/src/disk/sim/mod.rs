@@ -9,6 +9,7 @@
 //! the runtime, take [`SimDriver::media_after_cut`], build the next driver over it, open, recover, check.
 
 mod faults;
+mod file;
 mod media;
 mod rng;
 #[cfg(test)]
@@ -16,6 +17,7 @@ mod tests;
 mod trace;
 
 pub use faults::{AllowHook, FaultPlan, Silent};
+pub use file::SimFile;
 pub use media::{Cut, Media};
 pub use rng::Rng;
 pub use trace::{Event, Outcome, What};
@@ -175,6 +177,13 @@ impl SimDriver {
     pub fn cut_after_calls(&self, n: u64) {
         let mut state = self.state.borrow_mut();
         state.cut_at_call = Some(state.calls + n);
+    }
+
+    /// The power goes now.
+    pub fn cut_now(&self) {
+        if !self.is_cut() {
+            self.power_off();
+        }
     }
 
     /// Disk calls submitted so far.
