@@ -1,6 +1,7 @@
 //! Crash simulation for as long as one likes: `soak [--from N] [--seeds N] [--crash-points N] [--threads N]`, or one seed
 //! with its trace: `soak --seed N`. See docs/RELIABILITY.md. Ends with status 1 at the first broken promise. Built with the
-//! feature `sabotage`, `soak --sabotage` breaks rules on purpose and prints after how many seeds that was noticed.
+//! feature `sabotage`, `soak --sabotage` breaks rules on purpose and prints after how many seeds that was noticed;
+//! with `--rule NAME,NAME` only those.
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -25,6 +26,9 @@ struct Options {
     one: Option<u64>,
     #[cfg(feature = "sabotage")]
     sabotage: bool,
+    /// The one rule to break, instead of all.
+    #[cfg(feature = "sabotage")]
+    rule: Option<String>,
     size: Size,
     faults: Faults,
 }
@@ -38,6 +42,8 @@ fn options() -> Result<Options, String> {
         one: None,
         #[cfg(feature = "sabotage")]
         sabotage: false,
+        #[cfg(feature = "sabotage")]
+        rule: None,
         size: Size::default(),
         faults: Faults::default(),
     };
@@ -50,6 +56,8 @@ fn options() -> Result<Options, String> {
             "--writes-beside-damage" => options.faults.writes_beside_damage = true,
             #[cfg(feature = "sabotage")]
             "--sabotage" => options.sabotage = true,
+            #[cfg(feature = "sabotage")]
+            "--rule" => options.rule = Some(arguments.next().ok_or("--rule: needs a rule's name")?),
             _ => {
                 let value = arguments.next().and_then(|value| value.parse::<u64>().ok());
                 let value = value.ok_or_else(|| format!("{name}: needs a number"))?;
@@ -120,12 +128,17 @@ fn sabotage(options: &Options) -> ExitCode {
     use libvol::sabotage::Rule;
     use vold_tests::sim::sabotage::{SEEDS_MAX, noticed, table};
 
+    let wanted = |rule: &&Rule| {
+        let named = |name: &String| name.split(',').any(|name| name == format!("{rule:?}"));
+        options.rule.as_ref().is_none_or(named)
+    };
+    let rules: Vec<Rule> = Rule::ALL.iter().filter(wanted).copied().collect();
     let next = AtomicU64::new(0);
     let rows = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
         for _ in 0..options.threads {
             scope.spawn(|| {
-                while let Some(rule) = Rule::ALL.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
+                while let Some(rule) = rules.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
                     let failing = noticed(*rule, options.seeds.min(SEEDS_MAX));
                     println!("{rule:?}: {failing:?}");
                     let mut rows = rows.lock().unwrap_or_else(PoisonError::into_inner);
