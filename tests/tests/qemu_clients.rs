@@ -117,3 +117,31 @@ fn qemu_io(uri: &str, commands: &[&str]) {
     let said = vold_tests::tools::succeed(qemu_io.arg(uri));
     assert!(!said.contains("failed"), "{said}");
 }
+
+/// qemu 8.2 and later agree on extended headers. Its own trace tells what it sends.
+#[test]
+fn qemu_zeroes_more_than_4_gib_with_one_request_of_64_bits() {
+    let vold = vold_tests::Vold::start();
+    let uri = vold.with_volume(1, "64M", "16G");
+    let version = run("qemu-img", ["--version"]);
+    let major = |text: &str| text.split(' ').nth(2)?.split('.').next()?.parse::<u32>().ok();
+    let extended = major(&version).expect("a version") >= 9;
+    let mut qemu_io = tool("qemu-io");
+    qemu_io.args([
+        "-T",
+        "nbd_send_request",
+        "-f",
+        "raw",
+        "-c",
+        "write -z -u -n 1M 6G",
+        "-c",
+        "read -P 0 6G 64K",
+    ]);
+    let output = vold_tests::tools::output(qemu_io.arg(&uri));
+    let (said, traced) = vold_tests::tools::texts(&output);
+    assert!(output.status.success(), "{said} {traced}");
+    let zeroing: Vec<&str> = traced.lines().filter(|line| line.contains(".type = 6")).collect();
+    let at_once = zeroing.iter().any(|line| line.contains("len = 6442450944"));
+    assert_eq!(at_once, extended, "{version}: {zeroing:?}");
+    assert_eq!(vold.volume("acme/vol")["allocated_bytes"], 0);
+}

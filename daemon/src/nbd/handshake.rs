@@ -14,10 +14,10 @@ use libvol::runtime::SendPart;
 use super::device::Device;
 use super::inbox::Inbox;
 use super::proto::option::{
-    ALLOCATION_CONTEXT, ALLOCATION_CONTEXT_ID, ClientFlags, ClientOption, ContextQuery, ExportFlags,
-    ExportQuery, HEADER_BYTES, OptionCode, OptionError, OptionHeader, OptionReplies, export_name_reply,
-    greeting,
+    ClientFlags, ClientOption, ContextQuery, ExportFlags, ExportQuery, HEADER_BYTES, OptionCode, OptionError,
+    OptionHeader, OptionReplies, export_name_reply, greeting,
 };
+use super::proto::{Contexts, Framing};
 use super::session::Seat;
 use super::{Export, Exports};
 
@@ -30,10 +30,10 @@ const SKIP_BYTES_MAX: u32 = 1 << 20;
 pub(super) struct Negotiated<D> {
     /// The export.
     pub(super) export: Export<D>,
-    /// Replies are structured.
-    pub(super) structured: bool,
-    /// The client may ask for `base:allocation`.
-    pub(super) allocation_context: bool,
+    /// How requests and replies look.
+    pub(super) framing: Framing,
+    /// What the client may ask BLOCK_STATUS about.
+    pub(super) contexts: Contexts,
 }
 
 /// How a handshake ends without an export.
@@ -79,8 +79,8 @@ pub(super) async fn negotiate<D: Device>(
     let flags = ClientFlags::decode(flags).ok_or(End::Violation("unknown client flags"))?;
     let mut haggling = Haggling {
         flags,
-        structured: false,
-        allocation_for: None,
+        framing: Framing::Simple,
+        chosen: None,
     };
     for _ in 0..NBD_OPTIONS_MAX {
         let header = OptionHeader::decode(&receive(inbox).await?);
@@ -98,9 +98,9 @@ pub(super) async fn negotiate<D: Device>(
 /// What the options so far have agreed.
 struct Haggling {
     flags: ClientFlags,
-    structured: bool,
-    /// The export that `base:allocation` was chosen for.
-    allocation_for: Option<String>,
+    framing: Framing,
+    /// The contexts that were chosen, and for which export.
+    chosen: Option<(String, Contexts)>,
 }
 
 impl Haggling {
@@ -180,8 +180,19 @@ impl Haggling {
                 }
                 None => replies.error(OptionError::Unknown, NO_SUCH_EXPORT),
             },
-            Ok(ClientOption::StructuredReply) => {
-                self.structured = true;
+            Ok(ClientOption::StructuredReply) => match self.framing {
+                Framing::Simple => {
+                    self.framing = Framing::Structured;
+                    replies.ack()
+                }
+                Framing::Structured => replies.ack(),
+                Framing::Extended => replies.error(
+                    OptionError::ExtendedHeaders,
+                    "extended headers are agreed, and all replies structured with them",
+                ),
+            },
+            Ok(ClientOption::ExtendedHeaders) => {
+                self.framing = Framing::Extended;
                 replies.ack()
             }
             Ok(ClientOption::ListMetaContext(query)) => self.list_contexts(replies, &query, exports),
@@ -189,7 +200,7 @@ impl Haggling {
             Ok(ClientOption::StartTls) => {
                 replies.error(OptionError::Policy, "this socket is not served over TLS")
             }
-            Ok(ClientOption::ExtendedHeaders | ClientOption::Unknown) => {
+            Ok(ClientOption::Unknown) => {
                 replies.error(OptionError::Unsupported, "this server does not know the option")
             }
         };
@@ -198,7 +209,7 @@ impl Haggling {
     }
 
     fn export_flags<D>(&self, export: &Export<D>) -> ExportFlags {
-        ExportFlags::new(export.read_only, self.structured)
+        ExportFlags::new(export.read_only, self.framing)
     }
 
     fn describe<D: Device>(
@@ -227,17 +238,20 @@ impl Haggling {
         query: &ContextQuery,
         exports: &dyn Exports<D>,
     ) -> OptionReplies {
-        if !self.structured {
+        if self.framing == Framing::Simple {
             return replies.error(OptionError::Invalid, "negotiate structured replies first");
         }
         if find(exports, &query.export).is_none() {
             return replies.error(OptionError::Unknown, NO_SUCH_EXPORT);
         }
-        if query.without_queries || query.allocation || query.base_wildcard {
-            replies.meta_context(0, ALLOCATION_CONTEXT).ack()
-        } else {
-            replies.ack()
-        }
+        let found = match query.without_queries {
+            true => Contexts::all(),
+            false => query.named.or(query.wildcard),
+        };
+        let listed = found.iter().fold(replies, |replies, context| {
+            replies.meta_context(0, context.name())
+        });
+        listed.ack()
     }
 
     fn set_contexts<D>(
@@ -247,27 +261,26 @@ impl Haggling {
         exports: &dyn Exports<D>,
     ) -> OptionReplies {
         // Whatever comes of it, what was chosen before is gone.
-        self.allocation_for = None;
-        if !self.structured {
+        self.chosen = None;
+        if self.framing == Framing::Simple {
             return replies.error(OptionError::Invalid, "negotiate structured replies first");
         }
         let Some(export) = find(exports, &query.export) else {
             return replies.error(OptionError::Unknown, NO_SUCH_EXPORT);
         };
-        if query.allocation {
-            self.allocation_for = Some(export.name);
-            let chosen = replies.meta_context(ALLOCATION_CONTEXT_ID, ALLOCATION_CONTEXT);
-            chosen.ack()
-        } else {
-            replies.ack()
-        }
+        self.chosen = Some((export.name, query.named));
+        let set = query.named.iter().fold(replies, |replies, context| {
+            replies.meta_context(context as u32, context.name())
+        });
+        set.ack()
     }
 
     /// Contexts chosen for another export do not count.
     fn agreed<D>(&self, export: Export<D>) -> Negotiated<D> {
+        let chosen = self.chosen.as_ref().filter(|(name, _)| *name == export.name);
         Negotiated {
-            structured: self.structured,
-            allocation_context: self.allocation_for.as_ref() == Some(&export.name),
+            framing: self.framing,
+            contexts: chosen.map_or_else(Contexts::default, |(_, contexts)| *contexts),
             export,
         }
     }

@@ -14,7 +14,7 @@ use libvol::limits::NBD_PAYLOAD_SECONDS;
 use libvol::runtime::{net::Stream, timeout};
 
 /// Between two pieces of a payload.
-const PATIENCE: Duration = Duration::from_secs(NBD_PAYLOAD_SECONDS);
+pub(super) const PATIENCE: Duration = Duration::from_secs(NBD_PAYLOAD_SECONDS);
 
 /// See the module's text.
 pub(super) struct Inbox {

@@ -27,17 +27,16 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use libvol::crypto::seal::PlainBuf;
 use libvol::error::{Error, Kind, Result};
 use libvol::limits::{BLOCK_SIZE, NBD_PAYLOAD_MAX};
-use libvol::runtime::{SendPart, net::Stream, spawn, timeout};
+use libvol::runtime::{SendPart, net::Stream, spawn, timeout, yield_now};
 use libvol::volume::{BlockKind, PlainPart};
 
 use super::device::Device;
 use super::handshake::Negotiated;
-use super::inbox::Inbox;
+use super::inbox::{Inbox, PATIENCE};
 use super::outbox::Outbox;
-use super::proto::WireError;
-use super::proto::option::ALLOCATION_CONTEXT_ID;
 use super::proto::reply::{self, BLOCK_STATUS_RUNS_MAX};
-use super::proto::request::{Cookie, HEADER_BYTES, Header, Request, Rules};
+use super::proto::request::{Cookie, Header, Refusal, Request, Rules, STATUS_PAYLOAD_MAX, header_bytes};
+use super::proto::{Contexts, Framing, WireError};
 use super::session::{Member, Seat};
 use super::window::{DepthPolicy, Window};
 
@@ -46,6 +45,10 @@ const INBOX_BYTES: usize = 256 << 10;
 /// After a write at least this long the next receive takes a header only, so that the payload after it can be
 /// received where it is going to be sealed. Below, copying is cheaper than a system call more.
 const BULK_BYTES: u32 = 64 << 10;
+/// Bytes that BLOCK_STATUS looks at in one request.
+const STATUS_BYTES_MAX: u64 = 256 << 30;
+/// Trim and write-zeroes are carried out in pieces of this size.
+const PIECE_BYTES: u64 = 1 << 30;
 /// A client that has said goodbye gets this long to take its last replies.
 const FAREWELL: Duration = Duration::from_secs(10);
 
@@ -53,16 +56,16 @@ const FAREWELL: Duration = Duration::from_secs(10);
 pub(super) async fn run<D: Device>(mut inbox: Inbox, negotiated: Negotiated<D>, seat: Seat) {
     let Negotiated {
         export,
-        structured,
-        allocation_context,
+        framing,
+        contexts,
     } = negotiated;
     let connection = Rc::new(Connection {
         stream: inbox.stream().clone(),
         device: export.volume,
         name: export.name,
         read_only: export.read_only,
-        structured,
-        allocation_context,
+        framing,
+        contexts,
         window: Window::new(DepthPolicy::of_process(), seat.budget()),
         outbox: Outbox::default(),
         waiting: RefCell::default(),
@@ -122,8 +125,8 @@ struct Connection<D> {
     device: D,
     name: String,
     read_only: bool,
-    structured: bool,
-    allocation_context: bool,
+    framing: Framing,
+    contexts: Contexts,
     window: Window,
     outbox: Outbox,
     /// Accepted requests that have not started.
@@ -158,9 +161,10 @@ impl<D: Device> Connection<D> {
     async fn receive_requests(self: &Rc<Self>, inbox: &mut Inbox) -> End {
         let mut bulk = false;
         loop {
-            let Some(bytes) = inbox.bytes().first_chunk::<HEADER_BYTES>() else {
+            let needed = header_bytes(self.framing);
+            let Some(bytes) = inbox.bytes().get(..needed) else {
                 let at_most = if bulk {
-                    HEADER_BYTES - inbox.bytes().len()
+                    needed - inbox.bytes().len()
                 } else {
                     usize::MAX
                 };
@@ -169,14 +173,14 @@ impl<D: Device> Connection<D> {
                     _ => return End::Lost,
                 }
             };
-            let Some(header) = Header::decode(bytes) else {
+            let Some(header) = Header::decode(self.framing, bytes) else {
                 return End::Violation("not a request");
             };
-            inbox.consume(HEADER_BYTES);
+            inbox.consume(needed);
             if header.is_disconnect() {
                 return End::Goodbye;
             }
-            if header.payload_len() > NBD_PAYLOAD_MAX {
+            if header.payload_len() > NBD_PAYLOAD_MAX.into() {
                 return End::Violation("a payload of more than 32 MiB");
             }
             if let Err(end) = self.make_room(header.cost_bytes()).await {
@@ -185,15 +189,23 @@ impl<D: Device> Connection<D> {
             if let Err(end) = self.receive_request(inbox, header).await {
                 return end;
             }
-            bulk = header.payload_len() >= BULK_BYTES;
+            bulk = header.payload_len() >= BULK_BYTES.into();
         }
     }
 
     async fn receive_request(self: &Rc<Self>, inbox: &mut Inbox, header: Header) -> Result<(), End> {
         let (cookie, cost_bytes) = (header.cookie, header.cost_bytes());
-        let payload_len = header.payload_len() as usize;
+        let mut payload_len = header.payload_len() as usize;
         self.window.enter(cost_bytes);
-        match header.check(&self.rules()) {
+        let judged = match header.has_contexts() && payload_len <= STATUS_PAYLOAD_MAX {
+            false => header.check(&self.rules()),
+            true => {
+                let judged = self.receive_contexts(inbox, header, payload_len).await?;
+                payload_len = 0;
+                judged
+            }
+        };
+        match judged {
             Err(refusal) => {
                 match inbox.skip(payload_len).await {
                     Ok(true) => {}
@@ -226,12 +238,30 @@ impl<D: Device> Connection<D> {
         Ok(())
     }
 
+    /// A BLOCK_STATUS whose payload says what it is about.
+    async fn receive_contexts(
+        &self,
+        inbox: &mut Inbox,
+        header: Header,
+        payload_len: usize,
+    ) -> Result<Result<Request, Refusal>, End> {
+        match timeout(PATIENCE, inbox.fill(payload_len)).await {
+            Some(Ok(true)) => {}
+            Some(Ok(false) | Err(_)) => return Err(End::Lost),
+            None => return Err(End::Violation("a payload that stopped coming")),
+        }
+        let rules = self.rules();
+        let header = header.with_contexts(&inbox.bytes()[..payload_len], &rules);
+        inbox.consume(payload_len);
+        Ok(header.and_then(|header| header.check(&rules)))
+    }
+
     fn rules(&self) -> Rules {
         Rules {
             size_bytes: self.device.size_bytes(),
             read_only: self.read_only,
-            structured: self.structured,
-            allocation_context: self.allocation_context,
+            framing: self.framing,
+            contexts: self.contexts,
             draining: self.seat.draining(),
         }
     }
@@ -345,20 +375,34 @@ impl<D: Device> Connection<D> {
                 self.device.write(offset, payload, len, fua).await
             }
             Request::Flush => self.device.flush().await,
-            Request::Trim { offset, len, fua } => self.device.trim(offset, len.into(), fua).await,
+            Request::Trim { offset, len, fua } => {
+                self.in_pieces(offset, len, async |at, piece, last| {
+                    self.device.trim(at, piece, fua && last).await
+                })
+                .await
+            }
             Request::WriteZeroes {
                 offset,
                 len,
                 fua,
                 no_hole,
             } => {
-                let done = self.device.write_zeroes(offset, len.into(), fua, no_hole);
-                done.await
+                self.in_pieces(offset, len, async |at, piece, last| {
+                    self.device.write_zeroes(at, piece, fua && last, no_hole).await
+                })
+                .await
             }
-            Request::BlockStatus { offset, len, one } => {
+            Request::BlockStatus {
+                offset,
+                len,
+                one,
+                contexts,
+            } => {
                 let max_runs = if one { 1 } else { BLOCK_STATUS_RUNS_MAX };
-                match self.device.block_status(offset, len.into(), max_runs).await {
-                    Ok(runs) => return self.reply_block_status(cookie, len, max_runs, runs, cost_bytes),
+                // An answer about less than was asked is one.
+                let len = len.min(STATUS_BYTES_MAX);
+                match self.device.block_status(offset, len, max_runs).await {
+                    Ok(runs) => return self.reply_block_status(cookie, contexts, len, runs, cost_bytes),
                     Err(e) => Err(e),
                 }
             }
@@ -371,6 +415,30 @@ impl<D: Device> Connection<D> {
                 self.reply_error(cookie, error, error.public_text(), cost_bytes);
             }
         }
+    }
+
+    /// Carries out what may cover the whole device, piece by piece: whoever cuts the connection waits for a piece, and not
+    /// for the rest. The last piece is told that it is.
+    async fn in_pieces(
+        &self,
+        offset: u64,
+        len: u64,
+        carry_out: impl AsyncFn(u64, u64, bool) -> Result<()>,
+    ) -> Result<()> {
+        let mut done = 0;
+        while done < len {
+            if done > 0 && self.cut.get() {
+                // Nobody is there to hear it.
+                return Err(Error::unavailable("the connection was cut"));
+            }
+            // Whole extents stay whole: their size divides a piece's.
+            let to_boundary = PIECE_BYTES - (offset + done) % PIECE_BYTES;
+            let piece = to_boundary.min(len - done);
+            carry_out(offset + done, piece, done + piece == len).await?;
+            done += piece;
+            yield_now().await;
+        }
+        Ok(())
     }
 
     /// Logs the 1st, 2nd, 4th, 8th … failure of the connection: a client cannot flood the log.
@@ -391,22 +459,21 @@ impl<D: Device> Connection<D> {
         WireError::of(e.kind())
     }
 
-    /// Success without data. Only reads need a structured reply; the simple one is shorter for all others.
+    /// Success without data. With compact headers only reads need a structured reply; the simple one is shorter for others.
     fn reply_success(&self, cookie: Cookie, is_read: bool, cost_bytes: usize) {
         let mut out = self.outbox.reply(cost_bytes);
-        if is_read && self.structured {
-            out.header(&reply::none(cookie));
-        } else {
-            out.header(&reply::simple(cookie, None));
+        match self.framing {
+            Framing::Structured if !is_read => out.header(&reply::simple(cookie, None)),
+            Framing::Simple => out.header(&reply::simple(cookie, None)),
+            framing => out.header(&reply::none(framing, cookie)),
         }
     }
 
     fn reply_error(&self, cookie: Cookie, error: WireError, text: &str, cost_bytes: usize) {
         let mut out = self.outbox.reply(cost_bytes);
-        if self.structured {
-            out.part(SendPart::Bytes(reply::error(cookie, error, text)));
-        } else {
-            out.header(&reply::simple(cookie, Some(error)));
+        match self.framing {
+            Framing::Simple => out.header(&reply::simple(cookie, Some(error))),
+            framing => out.part(SendPart::Bytes(reply::error(framing, cookie, error, text))),
         }
     }
 
@@ -422,14 +489,15 @@ impl<D: Device> Connection<D> {
         let total: usize = parts.iter().map(part_len).sum();
         assert_eq!(total, len as usize, "a volume reads what it was asked for");
         let mut out = self.outbox.reply(cost_bytes);
-        if !self.structured {
+        let framing = self.framing;
+        if framing == Framing::Simple {
             out.header(&reply::simple(cookie, None));
             parts.into_iter().for_each(|part| out.part(send_part(part)));
             return;
         }
         let whole = unfragmented && !parts.iter().all(is_zeros);
         if whole {
-            out.header(&reply::offset_data(cookie, offset, len, true));
+            out.header(&reply::offset_data(framing, cookie, offset, len, true));
             parts.into_iter().for_each(|part| out.part(send_part(part)));
             return;
         }
@@ -448,9 +516,9 @@ impl<D: Device> Connection<D> {
             let mut alike = parts.by_ref().take(count);
             if zeros {
                 alike.for_each(drop);
-                out.header(&reply::offset_hole(cookie, chunk_at, run, done));
+                out.header(&reply::offset_hole(framing, cookie, chunk_at, run, done));
             } else {
-                out.header(&reply::offset_data(cookie, chunk_at, run, done));
+                out.header(&reply::offset_data(framing, cookie, chunk_at, run, done));
                 alike.by_ref().for_each(|part| out.part(send_part(part)));
             }
         }
@@ -459,19 +527,15 @@ impl<D: Device> Connection<D> {
     fn reply_block_status(
         &self,
         cookie: Cookie,
-        len: u32,
-        max_runs: usize,
+        contexts: Contexts,
+        len: u64,
         runs: Vec<(u64, BlockKind)>,
         cost_bytes: usize,
     ) {
         let total: u64 = runs.iter().map(|(run, _)| run).sum();
-        assert!(
-            !runs.is_empty() && runs.len() <= max_runs && total <= u64::from(len),
-            "a volume describes what it was asked for"
-        );
-        let runs: Vec<_> = runs.into_iter().map(|(run, kind)| (run as u32, kind)).collect();
-        let chunk = reply::block_status(cookie, ALLOCATION_CONTEXT_ID, &runs);
-        self.outbox.reply(cost_bytes).part(SendPart::Bytes(chunk));
+        assert!(total <= len, "a volume describes what it was asked for");
+        let chunks = reply::block_status(self.framing, cookie, contexts, &runs);
+        self.outbox.reply(cost_bytes).part(SendPart::Bytes(chunks));
     }
 }
 

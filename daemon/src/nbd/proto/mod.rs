@@ -1,14 +1,93 @@
 //! The NBD protocol as bytes: decoding what a client sends and encoding what it gets. No I/O.
 //!
-//! Source: the NBD project's `doc/proto.md` (fixed newstyle handshake, structured replies). Integers are big-endian.
+//! Source: the NBD project's `doc/proto.md` (fixed newstyle handshake, structured replies) and its extension `EXTENDED_HEADERS`
+//! (branch `extension-ext-header`); `qemu:allocation-depth` as in QEMU's `docs/interop/nbd.rst`. Integers are big-endian.
 //! Everything decoded here comes from an untrusted peer: decoding returns a value or a refusal and never panics.
-//! Deliberately absent: the oldstyle handshake, TLS and extended headers.
+//! Deliberately absent: the oldstyle handshake.
 
 pub(super) mod option;
 pub(super) mod reply;
 pub(super) mod request;
 
 use libvol::error::Kind;
+
+/// How requests and replies look, as negotiated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Framing {
+    /// Compact requests; simple replies, without a word of why.
+    Simple,
+    /// Compact requests; structured replies to reads, block status and errors.
+    Structured,
+    /// Requests with 64-bit lengths; every reply in chunks of their kind.
+    Extended,
+}
+
+/// A metadata context: what BLOCK_STATUS can be asked about. Its number is its id on the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(super) enum Context {
+    /// `base:allocation`: data, zeros, holes.
+    Allocation = 1,
+    /// `qemu:allocation-depth`: 1 where something is stored, 0 where not.
+    Depth = 2,
+}
+
+impl Context {
+    /// All of them, in the order of their ids.
+    pub(super) const ALL: [Self; 2] = [Self::Allocation, Self::Depth];
+
+    /// Its name on the wire.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Allocation => "base:allocation",
+            Self::Depth => "qemu:allocation-depth",
+        }
+    }
+
+    /// Its namespace, with the colon.
+    pub(super) fn namespace(self) -> &'static str {
+        match self {
+            Self::Allocation => "base:",
+            Self::Depth => "qemu:",
+        }
+    }
+}
+
+/// A set of metadata contexts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Contexts(u8);
+
+impl Contexts {
+    /// All that there are.
+    pub(super) fn all() -> Self {
+        Context::ALL.into_iter().fold(Self::default(), Self::with)
+    }
+
+    /// This one too.
+    pub(super) fn with(self, context: Context) -> Self {
+        Self(self.0 | 1 << context as u32)
+    }
+
+    /// Those in either.
+    pub(super) fn or(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// Whether it is in the set.
+    pub(super) fn has(self, context: Context) -> bool {
+        self.0 & 1 << context as u32 != 0
+    }
+
+    /// Whether there is none.
+    pub(super) fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// In the order of their ids.
+    pub(super) fn iter(self) -> impl Iterator<Item = Context> {
+        Context::ALL.into_iter().filter(move |context| self.has(*context))
+    }
+}
 
 /// Takes big-endian fields off the front of untrusted bytes.
 pub(super) struct Fields<'a>(&'a [u8]);

@@ -6,7 +6,7 @@
 //! ```
 
 use super::reply::clip;
-use super::{Fields, Writer};
+use super::{Context, Contexts, Fields, Framing, Writer};
 
 const NBD_MAGIC: u64 = 0x4e42_444d_4147_4943; // "NBDMAGIC"
 const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054; // "IHAVEOPT"
@@ -27,8 +27,9 @@ const STRING_BYTES_MAX: usize = 4096;
 pub(in crate::nbd) struct ExportFlags(u16);
 
 impl ExportFlags {
-    /// Everything this server does; unfragmented reads exist only with structured replies.
-    pub(in crate::nbd) fn new(read_only: bool, structured: bool) -> Self {
+    /// Everything this server does; unfragmented reads exist only with structured replies, BLOCK_STATUS for some of the
+    /// contexts only with extended headers.
+    pub(in crate::nbd) fn new(read_only: bool, framing: Framing) -> Self {
         const HAS_FLAGS: u16 = 1 << 0;
         const READ_ONLY: u16 = 1 << 1;
         const SEND_FLUSH: u16 = 1 << 2;
@@ -39,6 +40,7 @@ impl ExportFlags {
         const CAN_MULTI_CONN: u16 = 1 << 8;
         const SEND_CACHE: u16 = 1 << 10;
         const SEND_FAST_ZERO: u16 = 1 << 11;
+        const BLOCK_STATUS_PAYLOAD: u16 = 1 << 12;
         let mut flags = HAS_FLAGS
             | SEND_FLUSH
             | SEND_FUA
@@ -50,8 +52,11 @@ impl ExportFlags {
         if read_only {
             flags |= READ_ONLY;
         }
-        if structured {
+        if framing >= Framing::Structured {
             flags |= SEND_DF;
+        }
+        if framing == Framing::Extended {
+            flags |= BLOCK_STATUS_PAYLOAD;
         }
         Self(flags)
     }
@@ -94,7 +99,7 @@ impl OptionCode {
     pub(in crate::nbd) const EXPORT_NAME: Self = Self(1);
     pub(in crate::nbd) const ABORT: Self = Self(2);
     const LIST: Self = Self(3);
-    const STARTTLS: Self = Self(5);
+    pub(in crate::nbd) const STARTTLS: Self = Self(5);
     const INFO: Self = Self(6);
     const GO: Self = Self(7);
     const STRUCTURED_REPLY: Self = Self(8);
@@ -171,16 +176,11 @@ pub(in crate::nbd) struct ContextQuery {
     pub(in crate::nbd) export: String,
     /// There was no query at all, which asks for everything when listing, and for nothing when setting.
     pub(in crate::nbd) without_queries: bool,
-    /// A query names `base:allocation`.
-    pub(in crate::nbd) allocation: bool,
-    /// A query is `base:`, which matches everything in that namespace when listing, and nothing when setting.
-    pub(in crate::nbd) base_wildcard: bool,
+    /// Contexts that queries name.
+    pub(in crate::nbd) named: Contexts,
+    /// Contexts of namespaces that a query asks for as a whole (`base:`), which counts when listing, and not when setting.
+    pub(in crate::nbd) wildcard: Contexts,
 }
-
-/// The only metadata context there is.
-pub(in crate::nbd) const ALLOCATION_CONTEXT: &str = "base:allocation";
-/// Its id in `SET_META_CONTEXT` and block-status replies.
-pub(in crate::nbd) const ALLOCATION_CONTEXT_ID: u32 = 1;
 
 const INFO_EXPORT: u16 = 0;
 const INFO_NAME: u16 = 1;
@@ -250,11 +250,14 @@ impl ContextQuery {
         let count = fields.u32().ok_or("the option's data ends early")?;
         query.without_queries = count == 0;
         for _ in 0..count {
-            match counted_string(&mut fields)?.as_str() {
-                ALLOCATION_CONTEXT => query.allocation = true,
-                "base:" => query.base_wildcard = true,
-                // Contexts of other servers, or of the future.
-                _ => {}
+            // Others are of other servers, or of the future.
+            let asked = counted_string(&mut fields)?;
+            for context in Context::ALL {
+                if asked == context.name() {
+                    query.named = query.named.with(context);
+                } else if asked == context.namespace() {
+                    query.wildcard = query.wildcard.with(context);
+                }
             }
         }
         whole(&fields, query)
@@ -305,6 +308,8 @@ pub(in crate::nbd) enum OptionError {
     Shutdown = (1 << 31) + 7,
     /// More data than this server takes.
     TooBig = (1 << 31) + 9,
+    /// Extended headers are in use, and leave no choice.
+    ExtendedHeaders = (1 << 31) + 10,
 }
 
 /// The replies to one option, gathered for one send.
@@ -432,7 +437,7 @@ mod tests {
             code in 6u32..11,
             name in "[a-z/]{0,12}",
             count in 0u32..5,
-            queries in prop::collection::vec("(base:(allocation)?|[a-z:]{0,9})", 0..5),
+            queries in prop::collection::vec("(base:(allocation)?|qemu:(allocation-depth)?|[a-z:]{0,9})", 0..5),
             cut in 0usize..8,
         ) {
             let mut data = counted(&name);
@@ -448,8 +453,10 @@ mod tests {
                 };
                 prop_assert_eq!(query.export, name);
                 prop_assert_eq!(query.without_queries, queries.is_empty());
-                prop_assert_eq!(query.allocation, queries.iter().any(|q| q == "base:allocation"));
-                prop_assert_eq!(query.base_wildcard, queries.iter().any(|q| q == "base:"));
+                for context in Context::ALL {
+                    prop_assert_eq!(query.named.has(context), queries.iter().any(|q| q == context.name()));
+                    prop_assert_eq!(query.wildcard.has(context), queries.iter().any(|q| q == context.namespace()));
+                }
             }
         }
 

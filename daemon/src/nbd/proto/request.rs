@@ -1,7 +1,9 @@
 //! Requests of the transmission phase, and the one door that validates them.
 //!
 //! ```text
-//! | magic u32 | flags u16 | type u16 | cookie u64 | offset u64 | length u32 | payload (WRITE only) |
+//! compact:  | magic u32 | flags u16 | type u16 | cookie u64 | offset u64 | length u32 | payload (WRITE only) |
+//! extended: | magic u32 | flags u16 | type u16 | cookie u64 | offset u64 | length u64 | payload (WRITE, and with PAYLOAD_LEN) |
+//! payload of an extended BLOCK_STATUS: | length u64 | context u32 | … |
 //! ```
 //!
 //! [`Header::decode`] only takes fields apart; [`Header::check`] is the only place where commands, flags and ranges
@@ -9,11 +11,25 @@
 
 use libvol::limits::NBD_PAYLOAD_MAX;
 
-use super::{Fields, WireError};
+use super::reply::block_status_bytes_max;
+use super::{Context, Contexts, Fields, Framing, WireError};
 
-/// Bytes of a request without its payload: 4 + 2 + 2 + 8 + 8 + 4.
-pub(in crate::nbd) const HEADER_BYTES: usize = 28;
+/// Bytes of a compact request without its payload: 4 + 2 + 2 + 8 + 8 + 4.
+pub(in crate::nbd) const COMPACT_BYTES: usize = 28;
+/// Bytes of an extended one.
+pub(in crate::nbd) const EXTENDED_BYTES: usize = 32;
 const MAGIC: u32 = 0x2560_9513;
+const EXTENDED_MAGIC: u32 = 0x21e4_1c71;
+/// Longest payload of a BLOCK_STATUS: its length, and every context once.
+pub(in crate::nbd) const STATUS_PAYLOAD_MAX: usize = 8 + 4 * Context::ALL.len();
+
+/// Bytes of a request without its payload.
+pub(in crate::nbd) fn header_bytes(framing: Framing) -> usize {
+    match framing {
+        Framing::Simple | Framing::Structured => COMPACT_BYTES,
+        Framing::Extended => EXTENDED_BYTES,
+    }
+}
 
 const READ: u16 = 0;
 const WRITE: u16 = 1;
@@ -29,10 +45,16 @@ const FLAG_NO_HOLE: u16 = 1 << 1;
 const FLAG_DF: u16 = 1 << 2;
 const FLAG_REQ_ONE: u16 = 1 << 3;
 const FLAG_FAST_ZERO: u16 = 1 << 4;
+const FLAG_PAYLOAD_LEN: u16 = 1 << 5;
 
-/// Whatever the client uses to tell its requests apart; it comes back in the reply.
+/// What comes back in the reply to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(in crate::nbd) struct Cookie(pub(in crate::nbd) u64);
+pub(in crate::nbd) struct Cookie {
+    /// Whatever the client uses to tell its requests apart.
+    pub(in crate::nbd) number: u64,
+    /// The request's offset, which extended replies repeat.
+    pub(in crate::nbd) offset: u64,
+}
 
 /// A request taken apart and not yet judged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +64,10 @@ pub(in crate::nbd) struct Header {
     /// See [`Cookie`].
     pub(in crate::nbd) cookie: Cookie,
     offset: u64,
-    len: u32,
+    len: u64,
+    extended: bool,
+    /// The contexts that the payload of a BLOCK_STATUS names.
+    contexts: Option<Contexts>,
 }
 
 /// What a request is judged by.
@@ -52,10 +77,10 @@ pub(in crate::nbd) struct Rules {
     pub(in crate::nbd) size_bytes: u64,
     /// Nothing may be written.
     pub(in crate::nbd) read_only: bool,
-    /// Structured replies were negotiated.
-    pub(in crate::nbd) structured: bool,
-    /// `base:allocation` was negotiated.
-    pub(in crate::nbd) allocation_context: bool,
+    /// How replies look.
+    pub(in crate::nbd) framing: Framing,
+    /// The contexts that were negotiated.
+    pub(in crate::nbd) contexts: Contexts,
     /// The server is shutting down.
     pub(in crate::nbd) draining: bool,
 }
@@ -88,7 +113,7 @@ pub(in crate::nbd) enum Request {
         /// Byte offset.
         offset: u64,
         /// Bytes.
-        len: u32,
+        len: u64,
         /// Durable before the reply.
         fua: bool,
     },
@@ -99,7 +124,7 @@ pub(in crate::nbd) enum Request {
         /// Byte offset.
         offset: u64,
         /// Bytes.
-        len: u32,
+        len: u64,
         /// Durable before the reply.
         fua: bool,
         /// The space stays allocated.
@@ -110,9 +135,11 @@ pub(in crate::nbd) enum Request {
         /// Byte offset.
         offset: u64,
         /// Bytes, at least one.
-        len: u32,
+        len: u64,
         /// Only the first run is wanted.
         one: bool,
+        /// What is asked about.
+        contexts: Contexts,
     },
 }
 
@@ -126,18 +153,28 @@ pub(in crate::nbd) struct Refusal {
 }
 
 impl Header {
-    /// Takes the fields apart. `None` means a wrong magic: the stream is out of step and cannot be followed any more.
-    pub(in crate::nbd) fn decode(bytes: &[u8; HEADER_BYTES]) -> Option<Self> {
+    /// Takes the fields of [`header_bytes`] bytes apart. `None` means a wrong magic: the stream is out of step and cannot be
+    /// followed any more.
+    pub(in crate::nbd) fn decode(framing: Framing, bytes: &[u8]) -> Option<Self> {
         let mut fields = Fields::new(bytes);
-        if fields.u32()? != MAGIC {
+        let extended = framing == Framing::Extended;
+        if fields.u32()? != if extended { EXTENDED_MAGIC } else { MAGIC } {
             return None;
         }
+        let (flags, command) = (fields.u16()?, fields.u16()?);
+        let (number, offset) = (fields.u64()?, fields.u64()?);
         Some(Self {
-            flags: fields.u16()?,
-            command: fields.u16()?,
-            cookie: Cookie(fields.u64()?),
-            offset: fields.u64()?,
-            len: fields.u32()?,
+            flags,
+            command,
+            cookie: Cookie { number, offset },
+            offset,
+            len: if extended {
+                fields.u64()?
+            } else {
+                fields.u32()?.into()
+            },
+            extended,
+            contexts: None,
         })
     }
 
@@ -146,9 +183,49 @@ impl Header {
         self.command == DISCONNECT
     }
 
-    /// Bytes that follow the header on the stream, whether the request is valid or not.
-    pub(in crate::nbd) fn payload_len(&self) -> u32 {
-        if self.command == WRITE { self.len } else { 0 }
+    /// Bytes that follow the header on the stream, whether the request is valid or not. A WRITE has its payload even when an
+    /// extended one forgets to say so.
+    pub(in crate::nbd) fn payload_len(&self) -> u64 {
+        match self.command == WRITE || self.says_payload() {
+            true => self.len,
+            false => 0,
+        }
+    }
+
+    fn says_payload(&self) -> bool {
+        self.extended && self.flags & FLAG_PAYLOAD_LEN != 0
+    }
+
+    /// Whether its payload says which contexts are meant, and of how many bytes: [`Header::with_contexts`] comes before
+    /// [`Header::check`] then.
+    pub(in crate::nbd) fn has_contexts(&self) -> bool {
+        self.command == BLOCK_STATUS && self.says_payload()
+    }
+
+    /// A BLOCK_STATUS with what its payload says.
+    ///
+    /// # Errors
+    /// The reply the client gets instead.
+    pub(in crate::nbd) fn with_contexts(self, payload: &[u8], rules: &Rules) -> Result<Self, Refusal> {
+        const MALFORMED: &str =
+            "block-status: the payload is not a length and contexts that were negotiated, each once";
+        let mut fields = Fields::new(payload);
+        let malformed = || refusal(WireError::Invalid, MALFORMED);
+        let len = fields.u64().ok_or_else(malformed)?;
+        let mut contexts = Contexts::default();
+        while !fields.is_empty() {
+            let id = fields.u32().ok_or_else(malformed)?;
+            let mut negotiated = rules.contexts.iter();
+            let context = negotiated
+                .find(|context| *context as u32 == id && !contexts.has(*context))
+                .ok_or_else(malformed)?;
+            contexts = contexts.with(context);
+        }
+        Ok(Self {
+            len,
+            contexts: Some(contexts),
+            ..self
+        })
     }
 
     /// Whether it is a read, whose reply is always structured once that is negotiated.
@@ -169,13 +246,15 @@ impl Header {
             ..
         } = self;
         let (name, own_flags) = match command {
-            READ if rules.structured => ("read", FLAG_DF),
+            READ if rules.framing >= Framing::Structured => ("read", FLAG_DF),
             READ => ("read", 0),
+            WRITE if self.extended => ("write", FLAG_PAYLOAD_LEN),
             WRITE => ("write", 0),
             FLUSH => ("flush", 0),
             TRIM => ("trim", 0),
             CACHE => ("cache", 0),
             WRITE_ZEROES => ("write-zeroes", FLAG_NO_HOLE | FLAG_FAST_ZERO),
+            BLOCK_STATUS if self.contexts.is_some() => ("block-status", FLAG_REQ_ONE | FLAG_PAYLOAD_LEN),
             BLOCK_STATUS => ("block-status", FLAG_REQ_ONE),
             _ => {
                 let text = format!("command {command} is not known to this server");
@@ -206,7 +285,7 @@ impl Header {
             }
             return Ok(Request::Flush);
         }
-        let ends = offset.checked_add(u64::from(len));
+        let ends = offset.checked_add(len);
         if ends.is_none_or(|end| end > rules.size_bytes) {
             let error = match command {
                 WRITE | WRITE_ZEROES => WireError::NoSpace,
@@ -223,21 +302,25 @@ impl Header {
         let no_hole = flags & FLAG_NO_HOLE != 0;
         let unfragmented = flags & FLAG_DF != 0;
         match command {
-            READ if len > NBD_PAYLOAD_MAX => {
+            READ | WRITE if len > NBD_PAYLOAD_MAX.into() => {
                 let error = if unfragmented {
                     WireError::Overflow
                 } else {
                     WireError::Invalid
                 };
-                let text = format!("read: {len} bytes are more than {NBD_PAYLOAD_MAX} in one request");
+                let text = format!("{name}: {len} bytes are more than {NBD_PAYLOAD_MAX} in one request");
                 refuse(error, text)
             }
             READ => Ok(Request::Read {
                 offset,
-                len,
+                len: len as u32,
                 unfragmented,
             }),
-            WRITE => Ok(Request::Write { offset, len, fua }),
+            WRITE => Ok(Request::Write {
+                offset,
+                len: len as u32,
+                fua,
+            }),
             TRIM => Ok(Request::Trim { offset, len, fua }),
             CACHE => Ok(Request::Cache),
             WRITE_ZEROES if no_hole && flags & FLAG_FAST_ZERO != 0 => refuse(
@@ -250,15 +333,19 @@ impl Header {
                 fua,
                 no_hole,
             }),
-            BLOCK_STATUS if !rules.allocation_context => refuse(
+            BLOCK_STATUS if rules.contexts.is_empty() => refuse(
                 WireError::Invalid,
-                "block-status: negotiate base:allocation for this export first",
+                "block-status: negotiate a metadata context for this export first",
             ),
+            BLOCK_STATUS if self.contexts.is_some_and(Contexts::is_empty) => {
+                refuse(WireError::Invalid, "block-status: no context is asked about")
+            }
             BLOCK_STATUS if len == 0 => refuse(WireError::Invalid, "block-status: the range is empty"),
             BLOCK_STATUS => Ok(Request::BlockStatus {
                 offset,
                 len,
                 one: flags & FLAG_REQ_ONE != 0,
+                contexts: self.contexts.unwrap_or(rules.contexts),
             }),
             _ => unreachable!("unknown commands are refused above"),
         }
@@ -267,9 +354,8 @@ impl Header {
     /// Bytes of memory that serving the request takes: its payload, or its reply's.
     pub(in crate::nbd) fn cost_bytes(&self) -> usize {
         match self.command {
-            READ => self.len.min(NBD_PAYLOAD_MAX) as usize,
-            WRITE => self.len as usize,
-            BLOCK_STATUS => super::reply::BLOCK_STATUS_BYTES_MAX,
+            READ | WRITE => self.len.min(NBD_PAYLOAD_MAX.into()) as usize,
+            BLOCK_STATUS => block_status_bytes_max(self.extended),
             _ => 0,
         }
     }
@@ -293,19 +379,21 @@ impl Request {
     pub(in crate::nbd) fn is_trivial(&self) -> bool {
         match self {
             Request::Flush | Request::Cache | Request::BlockStatus { .. } => false,
-            Request::Read { len, .. }
-            | Request::Write { len, .. }
-            | Request::Trim { len, .. }
-            | Request::WriteZeroes { len, .. } => *len == 0,
+            Request::Read { len, .. } | Request::Write { len, .. } => *len == 0,
+            Request::Trim { len, .. } | Request::WriteZeroes { len, .. } => *len == 0,
         }
     }
 }
 
 fn refuse<T>(error: WireError, text: impl Into<String>) -> Result<T, Refusal> {
-    Err(Refusal {
+    Err(refusal(error, text))
+}
+
+fn refusal(error: WireError, text: impl Into<String>) -> Refusal {
+    Refusal {
         error,
         text: text.into(),
-    })
+    }
 }
 
 /// A request as a client writes it, for tests.
@@ -316,9 +404,28 @@ pub(in crate::nbd) fn encode(
     cookie: u64,
     offset: u64,
     len: u32,
-) -> [u8; HEADER_BYTES] {
+) -> [u8; COMPACT_BYTES] {
     super::Writer::new()
         .put(MAGIC.to_be_bytes())
+        .put(flags.to_be_bytes())
+        .put(command.to_be_bytes())
+        .put(cookie.to_be_bytes())
+        .put(offset.to_be_bytes())
+        .put(len.to_be_bytes())
+        .done()
+}
+
+/// The same, extended.
+#[cfg(test)]
+pub(in crate::nbd) fn encode_extended(
+    flags: u16,
+    command: u16,
+    cookie: u64,
+    offset: u64,
+    len: u64,
+) -> [u8; EXTENDED_BYTES] {
+    super::Writer::new()
+        .put(EXTENDED_MAGIC.to_be_bytes())
         .put(flags.to_be_bytes())
         .put(command.to_be_bytes())
         .put(cookie.to_be_bytes())
@@ -333,16 +440,18 @@ mod tests {
 
     use super::*;
 
-    const RULES: Rules = Rules {
-        size_bytes: 1 << 20,
-        read_only: false,
-        structured: true,
-        allocation_context: true,
-        draining: false,
-    };
+    fn rules() -> Rules {
+        Rules {
+            size_bytes: 1 << 20,
+            read_only: false,
+            framing: Framing::Structured,
+            contexts: Contexts::all(),
+            draining: false,
+        }
+    }
 
     fn header(flags: u16, command: u16, offset: u64, len: u32) -> Header {
-        Header::decode(&encode(flags, command, 1, offset, len)).expect("the right magic")
+        Header::decode(Framing::Structured, &encode(flags, command, 1, offset, len)).expect("the right magic")
     }
 
     fn error(header: Header, rules: Rules) -> Option<WireError> {
@@ -351,38 +460,42 @@ mod tests {
 
     #[test]
     fn the_drawing_of_a_request_is_what_is_decoded() {
-        let mut bytes = [0; HEADER_BYTES];
+        let mut bytes = [0; COMPACT_BYTES];
         bytes[..4].copy_from_slice(&[0x25, 0x60, 0x95, 0x13]);
         bytes[4..6].copy_from_slice(&[0, 1]);
         bytes[6..8].copy_from_slice(&[0, 1]);
         bytes[8..16].copy_from_slice(b"a cookie");
         bytes[16..24].copy_from_slice(&4096u64.to_be_bytes());
         bytes[24..].copy_from_slice(&512u32.to_be_bytes());
-        let header = Header::decode(&bytes).unwrap();
-        assert_eq!(header.cookie, Cookie(u64::from_be_bytes(*b"a cookie")));
+        let header = Header::decode(Framing::Simple, &bytes).unwrap();
+        let cookie = Cookie {
+            number: u64::from_be_bytes(*b"a cookie"),
+            offset: 4096,
+        };
+        assert_eq!(header.cookie, cookie);
         assert_eq!((header.payload_len(), header.cost_bytes()), (512, 512));
         let write = Request::Write {
             offset: 4096,
             len: 512,
             fua: true,
         };
-        assert_eq!(header.check(&RULES), Ok(write));
+        assert_eq!(header.check(&rules()), Ok(write));
         bytes[0] ^= 1;
-        assert_eq!(Header::decode(&bytes), None);
+        assert_eq!(Header::decode(Framing::Simple, &bytes), None);
     }
 
     #[test]
     fn permission_comes_before_range_and_shutdown_before_both() {
         let read_only = Rules {
             read_only: true,
-            ..RULES
+            ..rules()
         };
         let draining = Rules {
             draining: true,
             ..read_only
         };
         let beyond = header(0, WRITE, u64::MAX, 9);
-        assert_eq!(error(beyond, RULES), Some(WireError::NoSpace));
+        assert_eq!(error(beyond, rules()), Some(WireError::NoSpace));
         assert_eq!(error(beyond, read_only), Some(WireError::NotPermitted));
         assert_eq!(error(beyond, draining), Some(WireError::Shutdown));
         assert_eq!(error(header(0, READ, 0, 1), read_only), None);
@@ -391,9 +504,9 @@ mod tests {
     #[test]
     fn what_was_not_negotiated_is_invalid() {
         let simple = Rules {
-            structured: false,
-            allocation_context: false,
-            ..RULES
+            framing: Framing::Simple,
+            contexts: Contexts::default(),
+            ..rules()
         };
         assert_eq!(
             error(header(FLAG_DF, READ, 0, 1), simple),
@@ -403,13 +516,15 @@ mod tests {
             error(header(0, BLOCK_STATUS, 0, 1), simple),
             Some(WireError::Invalid)
         );
-        assert_eq!(error(header(FLAG_DF, READ, 0, 1), RULES), None);
+        assert_eq!(error(header(FLAG_DF, READ, 0, 1), rules()), None);
     }
 
     proptest! {
         #[test]
         fn any_bytes_are_judged_and_what_is_accepted_lies_inside_the_export(
-            bytes in any::<[u8; HEADER_BYTES]>(),
+            bytes in any::<[u8; EXTENDED_BYTES]>(),
+            extended: bool,
+            payload in prop::collection::vec(prop_oneof![Just(0u8), 0u8..3, any::<u8>()], 0..24),
             magic in any::<bool>(),
             command in 0u16..10,
             plausible in any::<bool>(),
@@ -418,33 +533,48 @@ mod tests {
         ) {
             let mut bytes = bytes;
             if magic {
-                bytes[..4].copy_from_slice(&MAGIC.to_be_bytes());
+                bytes[..4].copy_from_slice(&if extended { EXTENDED_MAGIC } else { MAGIC }.to_be_bytes());
             }
             if plausible {
                 bytes[4..6].fill(0);
                 bytes[6..8].copy_from_slice(&command.to_be_bytes());
                 bytes[16..18].fill(0);
             }
-            let Some(header) = Header::decode(&bytes) else { return Ok(()) };
-            prop_assert!(header.cost_bytes() <= u32::MAX as usize);
-            let rules = Rules { size_bytes, read_only, ..RULES };
+            let framing = if extended { Framing::Extended } else { Framing::Structured };
+            let header = Header::decode(framing, &bytes[..header_bytes(framing)]);
+            let Some(mut header) = header else { return Ok(()) };
+            prop_assert!(header.cost_bytes() <= NBD_PAYLOAD_MAX as usize);
+            let rules = Rules { size_bytes, read_only, framing, ..rules() };
+            if header.has_contexts() {
+                match header.with_contexts(&payload, &rules) {
+                    Ok(with) => header = with,
+                    Err(refusal) => {
+                        prop_assert_eq!(refusal.error, WireError::Invalid);
+                        return Ok(());
+                    }
+                }
+            }
             let (offset, len) = match header.check(&rules) {
                 Err(refusal) => {
                     prop_assert!(!refusal.text.is_empty());
                     return Ok(());
                 }
                 Ok(Request::Flush | Request::Cache) => return Ok(()),
-                Ok(Request::Read { offset, len, .. } | Request::BlockStatus { offset, len, .. }) => (offset, len),
-                Ok(
-                    Request::Write { offset, len, .. }
-                    | Request::Trim { offset, len, .. }
-                    | Request::WriteZeroes { offset, len, .. },
-                ) => {
+                Ok(Request::Read { offset, len, .. }) => (offset, len.into()),
+                Ok(Request::BlockStatus { offset, len, contexts, .. }) => {
+                    prop_assert!(!contexts.is_empty());
+                    (offset, len)
+                }
+                Ok(Request::Write { offset, len, .. }) => {
+                    prop_assert!(!read_only);
+                    (offset, len.into())
+                }
+                Ok(Request::Trim { offset, len, .. } | Request::WriteZeroes { offset, len, .. }) => {
                     prop_assert!(!read_only);
                     (offset, len)
                 }
             };
-            prop_assert!(offset <= size_bytes && u64::from(len) <= size_bytes - offset);
+            prop_assert!(offset <= size_bytes && len <= size_bytes - offset);
         }
     }
 }

@@ -11,6 +11,7 @@ pub(super) const NO_HOLE: u16 = 2;
 pub(super) const DF: u16 = 4;
 pub(super) const REQ_ONE: u16 = 8;
 pub(super) const FAST_ZERO: u16 = 16;
+pub(super) const PAYLOAD_LEN: u16 = 32;
 
 pub(super) const READ: u16 = 0;
 pub(super) const WRITE: u16 = 1;
@@ -40,6 +41,7 @@ pub(super) enum Chunk {
     Data(u64, Vec<u8>),
     Hole(u64, u32),
     Status(u32, Vec<(u32, u32)>),
+    StatusExt(u32, Vec<(u64, u64)>),
     Error(u32, String),
 }
 
@@ -48,6 +50,8 @@ pub(super) enum Chunk {
 pub(super) struct Answer {
     pub(super) cookie: u64,
     pub(super) simple: bool,
+    /// What extended replies repeat.
+    pub(super) offset: Option<u64>,
     /// 0, or the error.
     pub(super) error: u32,
     pub(super) text: String,
@@ -212,6 +216,7 @@ impl Client {
         let mut answer = Answer {
             cookie: 0,
             simple: false,
+            offset: None,
             error: 0,
             text: String::new(),
             chunks: vec![],
@@ -228,7 +233,7 @@ impl Client {
                     }
                     return answer;
                 }
-                0x668e_33ef => {
+                magic @ (0x668e_33ef | 0x6e8a_278c) => {
                     let (flags, kind) = (self.u16().await, self.u16().await);
                     let cookie = self.u64().await;
                     assert!(
@@ -236,7 +241,13 @@ impl Client {
                         "not interleaved"
                     );
                     answer.cookie = cookie;
-                    let len = self.u32().await as usize;
+                    let len = match magic {
+                        0x668e_33ef => self.u32().await as usize,
+                        _ => {
+                            answer.offset = Some(self.u64().await);
+                            self.u64().await as usize
+                        }
+                    };
                     let payload = self.take(len).await;
                     let chunk = chunk(kind, &payload);
                     if let Chunk::Error(error, text) = &chunk {
@@ -251,6 +262,36 @@ impl Client {
                 magic => panic!("out of step: {magic:#x}"),
             }
         }
+    }
+
+    /// From the greeting into transmission with extended headers and these contexts.
+    pub(super) async fn start_extended(&mut self, name: &str, contexts: &[&str]) {
+        self.greet(3).await;
+        assert_eq!(self.option(11, &[]).await, [(1, vec![])]);
+        let replies = self.option(10, &context_query(name, contexts)).await;
+        assert_eq!(replies.len(), contexts.len() + 1);
+        let replies = self.option(7, &export_query(name, &[])).await;
+        assert_eq!(replies.last().unwrap().0, 1, "{replies:?}");
+    }
+
+    /// Extended request with its payload, and the reply.
+    pub(super) async fn call_extended(
+        &mut self,
+        flags: u16,
+        command: u16,
+        offset: u64,
+        len: u64,
+        payload: &[u8],
+    ) -> Answer {
+        let mut bytes = crate::nbd::proto::request::encode_extended(flags, command, 79, offset, len).to_vec();
+        bytes.extend(payload);
+        self.send(&bytes).await;
+        let answer = self.answer(0).await;
+        assert_eq!(
+            (answer.cookie, answer.simple, answer.offset),
+            (79, false, Some(offset))
+        );
+        answer
     }
 
     /// Request and reply of something that carries no data.
@@ -305,6 +346,12 @@ fn chunk(kind: u16, payload: &[u8]) -> Chunk {
             assert!(runs.remainder().is_empty() && runs.len() > 0);
             let word = |b: &[u8]| u32::from_be_bytes(b.try_into().unwrap());
             Chunk::Status(u32_at(0), runs.map(|r| (word(&r[..4]), word(&r[4..]))).collect())
+        }
+        6 => {
+            let runs = payload[8..].chunks_exact(16);
+            assert!(runs.remainder().is_empty() && runs.len() == u32_at(4) as usize && runs.len() > 0);
+            let word = |b: &[u8]| u64::from_be_bytes(b.try_into().unwrap());
+            Chunk::StatusExt(u32_at(0), runs.map(|r| (word(&r[..8]), word(&r[8..]))).collect())
         }
         0x8001 => {
             let len = u16::from_be_bytes(payload[4..6].try_into().unwrap());

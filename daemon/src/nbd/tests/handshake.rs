@@ -204,7 +204,7 @@ fn options_not_served_are_refused_and_the_client_stays_in_step() {
         let refused: &[(u32, &[u8], u32)] = &[
             (5, b"", POLICY),
             (5, b"x", INVALID),
-            (11, b"", UNSUP),
+            (11, b"x", INVALID),
             (4, b"anything", UNSUP),
             (99, &long[..1000], UNSUP),
             (u32::MAX, b"", UNSUP),
@@ -248,9 +248,18 @@ fn contexts_are_listed_by_name_by_wildcard_and_without_query() {
         client.greet(3).await;
         client.option(8, &[]).await;
         let listed = (4, b"\0\0\0\0base:allocation".to_vec());
-        for queries in [&[][..], &["base:"], &["base:allocation"], &["x-other:y", "base:"]] {
+        let depth = (4, b"\0\0\0\0qemu:allocation-depth".to_vec());
+        for queries in [&["base:"][..], &["base:allocation"], &["x-other:y", "base:"]] {
             let replies = client.option(9, &context_query("acme/web", queries)).await;
             assert_eq!(replies, [listed.clone(), ACK], "{queries:?}");
+        }
+        for queries in [&["qemu:"][..], &["qemu:allocation-depth"]] {
+            let replies = client.option(9, &context_query("acme/web", queries)).await;
+            assert_eq!(replies, [depth.clone(), ACK], "{queries:?}");
+        }
+        for queries in [&[][..], &["qemu:", "base:"]] {
+            let replies = client.option(9, &context_query("acme/web", queries)).await;
+            assert_eq!(replies, [listed.clone(), depth.clone(), ACK], "{queries:?}");
         }
         for queries in [
             &["qemu:dirty-bitmap:a"][..],

@@ -3,6 +3,7 @@
 
 mod client;
 mod device;
+mod extended;
 mod handshake;
 mod session;
 mod transmission;
@@ -174,4 +175,11 @@ impl Server {
         client.start("acme/web", true, true).await;
         (client, task)
     }
+}
+
+/// `len` bytes that differ by place and seed.
+fn pattern(seed: u8, len: usize) -> Vec<u8> {
+    (0..len)
+        .map(|i| (i as u8).wrapping_mul(31) ^ (i >> 8) as u8 ^ seed)
+        .collect()
 }

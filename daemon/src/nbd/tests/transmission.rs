@@ -11,13 +11,6 @@ use super::*;
 
 const SIZE: usize = 1 << 20;
 
-/// `len` bytes that differ by place and seed.
-fn pattern(seed: u8, len: usize) -> Vec<u8> {
-    (0..len)
-        .map(|i| (i as u8).wrapping_mul(31) ^ (i >> 8) as u8 ^ seed)
-        .collect()
-}
-
 #[test]
 fn what_was_written_is_read_back_at_any_length_and_offset() {
     on_both(|| async {
