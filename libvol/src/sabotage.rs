@@ -52,7 +52,7 @@ rules! {
     RecoverMarked: "recovery takes marked extents for clean",
     RecoverRewrites: "recovery does not rewrite the copy that lost",
     RecoverSyncs: "what recovery rewrote is not synced before the extent serves",
-    MissMarked: "the resync map of a dropped replica starts empty",
+    MissMarked: "what was marked when a replica was dropped is not compared when it comes back",
     MissedBits: "what a replica lacked is not taken from the tables at the opening",
     ResyncMarks: "an extent is copied to a replica that catches up without a mark there",
     ResyncWaits: "a replica counts as in sync while an allocation without it is under way",
@@ -62,7 +62,9 @@ rules! {
     ScrubOverwrites: "extents are called free without being overwritten",
     ScrubSums: "the checksum area of a freed extent is not overwritten",
     ScrubSyncs: "extents are called free before the overwriting is synced",
+    ScrubReadsBack: "extents are called free without the overwriting being read back",
     KeyCopies: "one of the two copies of a destroyed volume's keys is forgotten",
+    TombstonedSlots: "a slot is restored at the opening although its tombstone is committed",
     StaleSlots: "a slot of no live volume is left as it is at the opening",
     HealLocks: "a damaged block is healed without its lock",
 }

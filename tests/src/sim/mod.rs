@@ -11,6 +11,8 @@
 //! | [`work`] | one worker's requests on one volume |
 //! | [`catalog`] | the control plane's records, as a register that survives cuts |
 //! | [`model`] | what a volume may answer, sector by sector |
+//! | [`watched`] | the register of memberships, with power cuts right after a change |
+//! | [`lies`] | zeros that a disk acknowledges and forgets |
 //! | [`rest`] | what the disks hold when nothing runs: the offline check, replicas, keys; and damage |
 //! | [`shrink`] | a failing history made smaller |
 //!
@@ -18,6 +20,7 @@
 //! sockets, no keystore and no threads: those have suites of their own.
 
 pub mod catalog;
+pub mod lies;
 pub mod life;
 pub mod model;
 pub mod plan;
@@ -28,6 +31,7 @@ pub mod shrink;
 pub mod stores;
 pub mod verify;
 pub mod volumes;
+pub mod watched;
 pub mod work;
 pub mod world;
 
