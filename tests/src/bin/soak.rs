@@ -13,7 +13,8 @@ use vold_tests::sim::{Failure, Faults, Size, run, shrink};
 const USAGE: &str =
     "usage: soak [--from SEED] [--seeds N] [--crash-points N] [--threads N] | soak --seed SEED
 sizes: [--volumes N] [--workers N] [--requests N] [--rounds N]
-faults: [--no-device-errors] [--no-vanishing] [--no-lost-writes] [--writes-beside-damage]";
+faults: [--no-device-errors] [--no-vanishing] [--no-lost-writes] [--no-lost-zeros] [--writes-beside-damage]
+        [--of-old]: those there were when seeds up to 268215 were found";
 
 /// Between two lines.
 const REPORT_EVERY: Duration = Duration::from_secs(10);
@@ -53,6 +54,8 @@ fn options() -> Result<Options, String> {
             "--no-device-errors" => options.faults.device_errors = false,
             "--no-vanishing" => options.faults.vanishing = false,
             "--no-lost-writes" => options.faults.lost_writes = false,
+            "--no-lost-zeros" => options.faults.lost_zeros = false,
+            "--of-old" => options.faults = Faults::of_old(),
             "--writes-beside-damage" => options.faults.writes_beside_damage = true,
             #[cfg(feature = "sabotage")]
             "--sabotage" => options.sabotage = true,
