@@ -38,6 +38,35 @@ struct Tls {
     sending: Rc<Semaphore>,
 }
 
+/// What opening a piece of ciphertext has brought.
+struct Opened {
+    asks_for_an_answer: bool,
+    is_the_end: bool,
+}
+
+impl Tls {
+    /// Opens what is in `start..end` of the ciphertext, as far as the record layer takes it. `None` when nothing is there.
+    fn open(&self, start: usize, end: usize) -> io::Result<Option<Opened>> {
+        let (mut session, cipher) = (self.session.borrow_mut(), self.cipher.borrow());
+        let cipher = cipher
+            .as_ref()
+            .ok_or_else(|| io::Error::other("two receives at once"))?;
+        let mut rest = &cipher[start..end];
+        if rest.is_empty() {
+            return Ok(None);
+        }
+        let taken = session.read_tls(&mut rest)?;
+        self.filled.set((start + taken, end));
+        let state = session
+            .process_new_packets()
+            .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
+        Ok(Some(Opened {
+            asks_for_an_answer: state.tls_bytes_to_write() > 0,
+            is_the_end: state.peer_has_closed() && state.plaintext_bytes_to_read() == 0,
+        }))
+    }
+}
+
 /// A link on its way to another thread.
 pub(crate) struct Detached {
     socket: OwnedFd,
@@ -172,25 +201,14 @@ impl Link {
                 (0, received?)
             }
         };
-        let (mut session, cipher) = (tls.session.borrow_mut(), tls.cipher.borrow());
-        let cipher = cipher.as_ref().expect("put back above");
-        let mut rest = &cipher[start..end];
-        if rest.is_empty() {
+        let Some(opened) = tls.open(start, end)? else {
             return Ok(false);
-        }
-        let taken = session.read_tls(&mut rest)?;
-        tls.filled.set((start + taken, end));
-        let state = session
-            .process_new_packets()
-            .map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
-        let (closed, answers) = (state.peer_has_closed(), state.tls_bytes_to_write() > 0);
-        let nothing_left = state.plaintext_bytes_to_read() == 0;
-        drop(session);
+        };
         // A key update asks for an answer. During the handshake whoever drives it sends.
-        if answers && !tls.session.borrow().is_handshaking() {
+        if opened.asks_for_an_answer && !tls.session.borrow().is_handshaking() {
             self.send_sealed(tls).await?;
         }
-        Ok(!(closed && nothing_left))
+        Ok(!opened.is_the_end)
     }
 
     /// Sends all parts in order.
