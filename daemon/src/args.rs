@@ -46,6 +46,20 @@ pub(crate) struct Serve {
     /// Data-plane threads.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) shards: Option<u16>,
+    /// NBD over TCP.
+    #[command(flatten)]
+    pub(crate) tcp: Tcp,
+}
+
+/// Serving NBD over TCP.
+#[derive(Debug, Default, clap::Args)]
+pub(crate) struct Tcp {
+    /// Serve NBD over TLS on this address, as 192.0.2.7:10809 or [::]:10809; may be given several times.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) listen: Vec<String>,
+    /// Directory of ca-cert.pem, server-cert.pem, server-key.pem and, if certificates were revoked, ca-crl.pem.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) tls_dir: Option<PathBuf>,
 }
 
 /// `vold check`.

@@ -1,7 +1,8 @@
 //! What the daemon runs with: the configuration file, overridden by flags. Unknown keys are refused, because a misspelt
 //! setting that is silently ignored is worse than a daemon that does not start.
 
-use std::path::Path;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use libvol::disk::EngineChoice;
@@ -51,6 +52,58 @@ struct File {
     scrub: Scrub,
     #[serde(default)]
     resync: Resync,
+    #[serde(default)]
+    nbd: Nbd,
+}
+
+/// The table `[nbd]`: serving over TCP.
+#[derive(Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Nbd {
+    #[serde(default)]
+    listen: Vec<String>,
+    tls_dir: Option<PathBuf>,
+}
+
+/// NBD over TCP, under TLS.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tcp {
+    /// Addresses to listen on, beside sockets that the service manager passes.
+    pub(crate) listen: Vec<SocketAddr>,
+    /// Where certificates and keys are.
+    pub(crate) tls_dir: Option<PathBuf>,
+}
+
+impl Tcp {
+    fn of(args: &crate::args::Tcp, file: Nbd) -> Result<Self> {
+        let listen = match args.listen.is_empty() {
+            true => file.listen,
+            false => args.listen.clone(),
+        };
+        let tcp = Self {
+            listen: listen.iter().map(|text| address(text)).collect::<Result<_>>()?,
+            tls_dir: args.tls_dir.clone().or(file.tls_dir),
+        };
+        if tcp.tls_dir.is_none() && !tcp.listen.is_empty() {
+            return Err(Error::invalid(
+                "NBD over TCP needs TLS: give --tls-dir (or nbd.tls_dir); volctl tls init makes what has to be in it",
+            ));
+        }
+        Ok(tcp)
+    }
+}
+
+fn address(text: &str) -> Result<SocketAddr> {
+    if text.starts_with('@') || text.contains('/') {
+        return Err(Error::invalid(format!(
+            "listen address {text:?}: only ADDRESS:PORT; Unix sockets are made for each attachment, and abstract ones never, since anybody could take the name"
+        )));
+    }
+    text.parse().map_err(|_| {
+        Error::invalid(format!(
+            "listen address {text:?}: write it as 192.0.2.7:10809 or [::]:10809"
+        ))
+    })
 }
 
 /// The table `[scrub]`: every key is optional.
@@ -83,7 +136,7 @@ struct Resync {
 }
 
 /// The file's keys, for the refusal of others. A test holds it to [`File`].
-const KEYS: [&str; 5] = ["io_engine", "shards", "log", "scrub", "resync"];
+const KEYS: [&str; 6] = ["io_engine", "shards", "log", "scrub", "resync", "nbd"];
 
 /// Settings in force.
 #[derive(Debug, PartialEq, Eq)]
@@ -96,6 +149,8 @@ pub(crate) struct Config {
     pub(crate) log: String,
     /// How fast the background works.
     pub(crate) settings: Settings,
+    /// NBD over TCP.
+    pub(crate) tcp: Tcp,
 }
 
 impl Config {
@@ -119,6 +174,7 @@ impl Config {
         };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
+            tcp: Tcp::of(&args.tcp, file.nbd)?,
             io_engine: args.io_engine.or(file.io_engine).unwrap_or_default(),
             shards: args
                 .shards
@@ -286,6 +342,7 @@ mod tests {
             config: Some(path),
             io_engine: None,
             shards: None,
+            tcp: crate::args::Tcp::default(),
         };
         let config = Config::load(&args).unwrap();
         assert_eq!((config.io_engine, config.shards), (IoEngine::Uring, 3));

@@ -1,6 +1,8 @@
 //! `vold serve`: from an unlocked directory to a daemon that answers, and back to a clean stop.
 
 use std::io::Write;
+use std::net::TcpListener;
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
 
 use libvol::catalog::Catalog;
@@ -14,6 +16,7 @@ use crate::config::Config;
 use crate::data_dir::DataDir;
 use crate::operations::Operations;
 use crate::process;
+use crate::shard::Bound;
 
 /// Threads of the control plane: requests are few and short, and the shards need the cores.
 const CONTROL_THREADS: usize = 2;
@@ -41,6 +44,8 @@ async fn serve(args: &Serve, config: &Config) -> Result<()> {
     // A limit on file sizes is an error of the store it hits, not the end of all others.
     let _caught = listen_for(SignalKind::from_raw(SIGXFSZ))?;
     let dirs = DataDir::take(&args.data_dir)?;
+    let mut bound = Bound::bind(&config.tcp.listen)?;
+    bound.add(passed_sockets()?);
     let api_socket = dirs.api_socket();
     dirs.check_catalog_not_lost()?;
     let catalog = Catalog::open(&dirs.catalog())?;
@@ -59,6 +64,12 @@ async fn serve(args: &Serve, config: &Config) -> Result<()> {
     )
     .await?;
     let server = api::Server::bind(&api_socket, operations.clone())?;
+    if let Some(addresses) = operations
+        .listen(bound, &config.tcp, config.io_engine.into())
+        .await?
+    {
+        tracing::info!("nbd: over TLS on {addresses}");
+    }
     announce(&format!(
         "vold {} ready: api {}, {} stores, engine {}",
         env!("CARGO_PKG_VERSION"),
@@ -72,6 +83,27 @@ async fn serve(args: &Serve, config: &Config) -> Result<()> {
     operations.stop().await;
     tracing::info!("stopped; everything is clean");
     Ok(())
+}
+
+/// Listening sockets that the service manager has bound (`LISTEN_FDS`): TCP, for NBD over TLS.
+fn passed_sockets() -> Result<Vec<TcpListener>> {
+    let passed = sd_notify::listen_fds()
+        .map_err(|e| Error::with_source(Kind::Invalid, "sockets of the service manager", e))?;
+    passed
+        .map(|fd| {
+            // SAFETY: the protocol of LISTEN_FDS gives these descriptors to this process, and this is asked once.
+            let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+            let listener = TcpListener::from(socket);
+            match listener.local_addr() {
+                Ok(_) => Ok(listener),
+                Err(e) => Err(Error::with_source(
+                    Kind::Invalid,
+                    format!("descriptor {fd} of the service manager is no listening TCP socket; vold makes its Unix sockets itself"),
+                    e,
+                )),
+            }
+        })
+        .collect()
 }
 
 /// Standard output's one line, and systemd.

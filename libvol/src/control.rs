@@ -383,8 +383,20 @@ pub struct Attachment {
     pub socket: String,
     /// Arguments that give it to QEMU.
     pub qemu_args: Vec<String>,
+    /// The same over TLS, where the daemon listens.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub over_tls: Vec<TlsAccess>,
     /// Live connections.
     pub connections: usize,
+}
+
+/// An attachment as the VM reaches it over TLS, with its certificate.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TlsAccess {
+    /// `nbds://HOST:PORT/EXPORT`.
+    pub uri: String,
+    /// Arguments that give it to QEMU, for certificates in `/etc/pki/qemu`.
+    pub qemu_args: Vec<String>,
 }
 
 /// Where a destruction stands.

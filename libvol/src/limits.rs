@@ -62,6 +62,12 @@ pub const NBD_BYTES_IN_FLIGHT: usize = 64 << 20;
 pub const NBD_PAYLOAD_SECONDS: u64 = 60;
 /// Connections of one attachment.
 pub const NBD_CONNECTIONS_PER_ATTACHMENT: usize = 16;
+/// Connections over TCP that have not said who they are yet.
+pub const NBD_STRANGERS_MAX: usize = 128;
+/// Connections over TCP of one customer's VMs.
+pub const NBD_CONNECTIONS_PER_CUSTOMER: usize = 512;
+/// Connections over TCP in all, those of strangers included.
+pub const NBD_CONNECTIONS_MAX: usize = 4096;
 /// A client that has not finished its handshake by then is dropped.
 pub const NBD_HANDSHAKE_SECONDS: u64 = 10;
 

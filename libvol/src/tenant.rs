@@ -5,7 +5,7 @@
 //! every export look-up. Two audiences, two grades of candour: an operator is told why, a data client is not — to it a
 //! foreign export and a missing one are the same.
 
-use crate::ids::{CustomerId, Epoch, VmId, VolumeId};
+use crate::ids::{CustomerId, Epoch, Name, VmId, VolumeId};
 
 /// An operator's uid on every host.
 const ROOT_UID: u32 = 0;
@@ -55,8 +55,43 @@ pub fn may_attach(facts: &AttachFacts) -> AttachVerdict {
     }
 }
 
+/// A VM as its certificate names it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct VmIdentity {
+    /// Its customer.
+    pub customer: Name,
+    /// Its name.
+    pub vm: Name,
+}
+
+impl VmIdentity {
+    /// From the URI of a certificate's subject alternative name, `vold://CUSTOMER/VM`; `None` for any other.
+    pub fn from_uri(uri: &str) -> Option<Self> {
+        let (customer, vm) = uri.strip_prefix("vold://")?.split_once('/')?;
+        Some(Self {
+            customer: customer.parse().ok()?,
+            vm: vm.parse().ok()?,
+        })
+    }
+}
+
+impl std::fmt::Display for VmIdentity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "vold://{}/{}", self.customer, self.vm)
+    }
+}
+
+/// Who connects, as the transport vouches for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// A process of that uid, over the attachment's Unix socket.
+    Uid(u32),
+    /// Whoever has the key of that VM's certificate, over TLS.
+    Vm(VmIdentity),
+}
+
 /// An attachment, as far as its sessions are concerned.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AttachmentFacts {
     /// The volume.
     pub volume: VolumeId,
@@ -66,6 +101,8 @@ pub struct AttachmentFacts {
     pub vm_customer: CustomerId,
     /// Unix uid of the VM's QEMU.
     pub vm_uid: u32,
+    /// The VM as its certificate has to name it.
+    pub vm: VmIdentity,
     /// The attachment epoch it was made in.
     pub epoch: Epoch,
 }
@@ -75,6 +112,8 @@ pub struct AttachmentFacts {
 pub enum ConnectRefusal {
     /// The peer runs as another uid than the VM's.
     WrongUid,
+    /// The peer's certificate names another VM.
+    WrongVm,
     /// The volume has been detached, or attached anew, since.
     Superseded,
     /// VM and volume are of different customers.
@@ -85,6 +124,7 @@ impl std::fmt::Display for ConnectRefusal {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             ConnectRefusal::WrongUid => "the peer's uid is not the VM's",
+            ConnectRefusal::WrongVm => "the peer's certificate names another VM",
             ConnectRefusal::Superseded => "the attachment has been superseded",
             ConnectRefusal::Foreign => "the VM is not of the volume's customer",
         })
@@ -98,7 +138,7 @@ impl std::fmt::Display for ConnectRefusal {
 /// Why not.
 pub fn may_connect(
     attachment: &AttachmentFacts,
-    peer_uid: u32,
+    peer: &Peer,
     current_epoch: Epoch,
 ) -> Result<(), ConnectRefusal> {
     if attachment.volume_customer != attachment.vm_customer {
@@ -107,10 +147,11 @@ pub fn may_connect(
     if attachment.epoch != current_epoch {
         return Err(ConnectRefusal::Superseded);
     }
-    if peer_uid != attachment.vm_uid {
-        return Err(ConnectRefusal::WrongUid);
+    match peer {
+        Peer::Uid(uid) if *uid != attachment.vm_uid => Err(ConnectRefusal::WrongUid),
+        Peer::Vm(vm) if *vm != attachment.vm => Err(ConnectRefusal::WrongVm),
+        Peer::Uid(_) | Peer::Vm(_) => Ok(()),
     }
-    Ok(())
 }
 
 /// Which export names a session of `attachment` finds: its own volume's, and the empty (default) one. Everything else,
@@ -119,10 +160,10 @@ pub fn may_find(
     attachment: &AttachmentFacts,
     own_name: &str,
     asked: &str,
-    peer_uid: u32,
+    peer: &Peer,
     current_epoch: Epoch,
 ) -> bool {
-    (asked.is_empty() || asked == own_name) && may_connect(attachment, peer_uid, current_epoch).is_ok()
+    (asked.is_empty() || asked == own_name) && may_connect(attachment, peer, current_epoch).is_ok()
 }
 
 /// Whether a caller of the API's Unix socket is an operator: root, or who runs the daemon.
@@ -196,9 +237,11 @@ mod tests {
                 volume_customer: acme,
                 vm_customer,
                 vm_uid: 1000,
+                vm: identity("vold://acme/vm1"),
                 epoch: Epoch(7),
             };
-            assert_eq!(may_connect(&facts, uid, Epoch(now)), verdict, "{uid} {now}");
+            let uid = &Peer::Uid(uid);
+            assert_eq!(may_connect(&facts, uid, Epoch(now)), verdict, "{uid:?} {now}");
             let may = verdict.is_ok();
             assert_eq!(may_find(&facts, "acme/web", "acme/web", uid, Epoch(now)), may);
             assert_eq!(may_find(&facts, "acme/web", "", uid, Epoch(now)), may);
@@ -209,6 +252,52 @@ mod tests {
                 );
             }
         }
+    }
+
+    fn identity(uri: &str) -> VmIdentity {
+        VmIdentity::from_uri(uri).expect(uri)
+    }
+
+    #[test]
+    fn a_certificate_names_one_vm_of_one_customer_and_gets_no_further() {
+        let acme = CustomerId::random();
+        let facts = AttachmentFacts {
+            volume: VolumeId::random(),
+            volume_customer: acme,
+            vm_customer: acme,
+            vm_uid: 1000,
+            vm: identity("vold://acme/vm1"),
+            epoch: Epoch(7),
+        };
+        use ConnectRefusal::*;
+        for (uri, now, verdict) in [
+            ("vold://acme/vm1", 7, Ok(())),
+            ("vold://acme/vm1", 8, Err(Superseded)),
+            ("vold://acme/vm2", 7, Err(WrongVm)),
+            ("vold://globex/vm1", 7, Err(WrongVm)),
+        ] {
+            let peer = Peer::Vm(identity(uri));
+            assert_eq!(may_connect(&facts, &peer, Epoch(now)), verdict, "{uri} {now}");
+        }
+        for bad in [
+            "",
+            "vold://",
+            "vold://acme",
+            "vold://acme/",
+            "vold:///vm1",
+            "vold://acme/vm1/",
+            "vold://acme/vm1/x",
+            "vold://acme/vm1?x",
+            "VOLD://acme/vm1",
+            "vold://Acme/vm1",
+            "vold://acme/vm1 ",
+            "vold://acme%2fvm1",
+            "http://acme/vm1",
+            "vold://acme/vm1\0",
+        ] {
+            assert_eq!(VmIdentity::from_uri(bad), None, "{bad:?}");
+        }
+        assert_eq!(identity("vold://acme/vm1").to_string(), "vold://acme/vm1");
     }
 
     #[test]

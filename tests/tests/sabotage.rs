@@ -1,16 +1,15 @@
 //! The simulated world notices when a rule is broken: the switches of [`libvol::sabotage`], each within a bounded number of
-//! seeds, but for a few that are listed. Built only with the feature `sabotage`: `cargo nextest run -p vold-tests --features sabotage --test sabotage`.
+//! seeds. Built only with the feature `sabotage`: `cargo nextest run -p vold-tests --features sabotage --test sabotage`.
 
 use libvol::sabotage::Rule;
-use vold_tests::sim::sabotage::{NOT_NOTICED_YET, SEEDS_MAX, noticed};
+use vold_tests::sim::sabotage::{SEEDS_MAX, noticed};
 
 /// Rules are shared out among so many tests, so that they run side by side.
 const SHARES: usize = 2;
 
 fn share(number: usize) {
     let mut missed = Vec::new();
-    let rules = Rule::ALL.iter().filter(|rule| !NOT_NOTICED_YET.contains(rule));
-    for rule in rules.skip(number).step_by(SHARES) {
+    for rule in Rule::ALL.iter().skip(number).step_by(SHARES) {
         match noticed(*rule, SEEDS_MAX) {
             Some((seed, violation)) => println!("{rule:?}: seed {seed}: {violation}"),
             None => missed.push(*rule),
@@ -30,9 +29,4 @@ fn every_broken_rule_of_the_first_share_is_noticed() {
 #[test]
 fn every_broken_rule_of_the_second_share_is_noticed() {
     share(1);
-}
-
-#[test]
-fn at_least_twenty_broken_rules_are_noticed() {
-    assert!(Rule::ALL.len() - NOT_NOTICED_YET.len() >= 20);
 }

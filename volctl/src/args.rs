@@ -4,7 +4,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use crate::client::Api;
-use crate::{attachment, audit, customer, destroy, scrub, store, vm, volume};
+use crate::{attachment, audit, customer, destroy, scrub, store, tls, vm, volume};
 
 /// `volctl`: the command line of vold.
 #[derive(Debug, Parser)]
@@ -76,6 +76,9 @@ pub(crate) enum Command {
     /// The audit log: what was done, by whom, and what the daemon mended
     #[command(subcommand)]
     Audit(audit::Command),
+    /// Certificates for NBD over TLS, from a small authority in files; no daemon is asked
+    #[command(subcommand)]
+    Tls(tls::Command),
     /// How the daemon and its stores are
     Status,
     /// Versions of volctl and of the daemon

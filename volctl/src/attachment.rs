@@ -100,6 +100,11 @@ fn quoted(argument: &str) -> String {
     format!("'{}'", argument.replace('\'', r"'\''"))
 }
 
+fn quoted_all(arguments: &[String]) -> String {
+    let quoted: Vec<String> = arguments.iter().map(|a| quoted(&one_line(a))).collect();
+    quoted.join(" ")
+}
+
 fn access(read_only: bool) -> String {
     if read_only { "read-only" } else { "read-write" }.into()
 }
@@ -129,7 +134,7 @@ impl Row for Attachment {
 
 impl Human for Attachment {
     fn human(&self) -> String {
-        let arguments: Vec<String> = self.qemu_args.iter().map(|a| quoted(&one_line(a))).collect();
+        let over_tls = self.over_tls.iter();
         facts(&[
             ("Volume", Some(self.volume.to_string())),
             ("VM", Some(self.vm.to_string())),
@@ -139,7 +144,18 @@ impl Human for Attachment {
             ("Access", Some(access(self.read_only))),
             ("URI", self.uri.clone()),
             ("Socket", Some(self.socket.clone())),
-            ("QEMU", Some(arguments.join(" "))),
+            ("QEMU", Some(quoted_all(&self.qemu_args))),
+            (
+                "Over TLS",
+                over_tls.clone().next().map(|access| access.uri.clone()),
+            ),
+            (
+                "QEMU over TLS",
+                over_tls
+                    .clone()
+                    .next()
+                    .map(|access| quoted_all(&access.qemu_args)),
+            ),
         ])
     }
 }
@@ -165,6 +181,7 @@ mod tests {
                 "-device".into(),
                 "virtio-blk-pci,drive=a".into(),
             ],
+            over_tls: Vec::new(),
             connections: 0,
         }
     }

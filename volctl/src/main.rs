@@ -25,6 +25,7 @@ mod render;
 mod scrub;
 mod status;
 mod store;
+mod tls;
 mod units;
 mod vm;
 mod volume;
@@ -98,6 +99,9 @@ fn run(cli: Cli) -> Result<(), Failure> {
                 format!("cannot start: {e}; are there free file descriptors?"),
             )
         })?;
+    if let Command::Tls(command) = &cli.command {
+        return tls::run(&session, command);
+    }
     runtime.block_on(async {
         match cli.command {
             Command::Store(command) => store::run(&session, command).await,
@@ -112,7 +116,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
             Command::Audit(command) => audit::run(&session, command).await,
             Command::Status => status::status(&session).await,
             Command::Version => status::version(&session).await,
-            Command::Completions { .. } => unreachable!("handled above, without a daemon"),
+            Command::Completions { .. } | Command::Tls(_) => unreachable!("handled above, without a daemon"),
         }
     })
 }

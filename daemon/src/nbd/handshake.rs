@@ -8,6 +8,7 @@
 use std::fmt;
 use std::io;
 
+use libvol::ids::VolumeId;
 use libvol::limits::{BLOCK_SIZE, NBD_OPTION_BYTES_MAX, NBD_OPTIONS_MAX, NBD_PAYLOAD_MAX};
 use libvol::runtime::SendPart;
 
@@ -19,7 +20,7 @@ use super::proto::option::{
 };
 use super::proto::{Contexts, Framing};
 use super::session::Seat;
-use super::{Export, Exports};
+use super::{Export, Exports, Lookup};
 
 /// The longest option with its header, and as much again for whatever follows.
 pub(super) const INBOX_BYTES: usize = 2 * (NBD_OPTION_BYTES_MAX as usize);
@@ -46,6 +47,10 @@ pub(super) enum End {
     Violation(&'static str),
     /// It asked by `EXPORT_NAME` for what it does not get, which can only be answered by hanging up.
     Refused(&'static str),
+    /// TLS begins here.
+    StartTls,
+    /// It asks for the export of that volume, which is served elsewhere; the question is kept.
+    Elsewhere(VolumeId),
     /// The socket failed.
     Io(io::Error),
 }
@@ -63,56 +68,105 @@ impl fmt::Display for End {
             End::Aborted => f.write_str("the client said goodbye"),
             End::Violation(what) => write!(f, "protocol violation: {what}"),
             End::Refused(why) => write!(f, "export refused: {why}"),
+            End::StartTls => f.write_str("TLS begins"),
+            End::Elsewhere(volume) => write!(f, "goes on with volume {volume}"),
             End::Io(e) => write!(f, "socket: {e}"),
         }
     }
 }
 
-/// Greets the client and haggles until it has chosen an export; then `seat` is claimed and the last reply is sent.
-pub(super) async fn negotiate<D: Device>(
-    inbox: &mut Inbox,
-    exports: &dyn Exports<D>,
-    seat: &Seat,
-) -> Result<Negotiated<D>, End> {
-    send(inbox, greeting().into()).await?;
-    let flags = receive::<4>(inbox).await?;
-    let flags = ClientFlags::decode(flags).ok_or(End::Violation("unknown client flags"))?;
-    let mut haggling = Haggling {
-        flags,
-        framing: Framing::Simple,
-        chosen: None,
-    };
-    for _ in 0..NBD_OPTIONS_MAX {
-        let header = OptionHeader::decode(&receive(inbox).await?);
-        let header = header.ok_or(End::Violation("not an option"))?;
-        if !flags.fixed_newstyle && header.code != OptionCode::EXPORT_NAME {
-            return Err(End::Violation("options without fixed newstyle"));
-        }
-        if let Some(negotiated) = haggling.option(inbox, header, exports, seat).await? {
-            return Ok(negotiated);
-        }
-    }
-    Err(End::Violation("too many options"))
+/// What there is of TLS on the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Encryption {
+    /// There is none here, and none is needed.
+    None,
+    /// Nothing is told or done before it has begun.
+    Required,
+    /// It is on.
+    On,
 }
 
-/// What the options so far have agreed.
-struct Haggling {
-    flags: ClientFlags,
+/// A handshake under way: what the options so far have agreed. It can go on elsewhere.
+pub(super) struct Negotiation {
+    encryption: Encryption,
+    /// Since the greeting.
+    flags: Option<ClientFlags>,
     framing: Framing,
     /// The contexts that were chosen, and for which export.
     chosen: Option<(String, Contexts)>,
+    options_left: u32,
+    /// An option that was asked where it could not be answered.
+    asked: Option<(OptionCode, ClientOption)>,
 }
 
-impl Haggling {
-    async fn option<D: Device>(
+impl Negotiation {
+    /// Before the greeting.
+    pub(super) fn new(encryption: Encryption) -> Self {
+        Self {
+            encryption,
+            flags: None,
+            framing: Framing::Simple,
+            chosen: None,
+            options_left: NBD_OPTIONS_MAX,
+            asked: None,
+        }
+    }
+
+    /// TLS has begun. What was agreed before it may have been somebody else's words.
+    pub(super) fn encrypted(self) -> Self {
+        Self {
+            flags: self.flags,
+            options_left: self.options_left,
+            ..Self::new(Encryption::On)
+        }
+    }
+
+    /// Greets the client, if nobody has yet, and haggles until it has chosen an export; then `seat` is claimed and the last
+    /// reply is sent. Without a seat there are no exports here, only elsewhere.
+    pub(super) async fn run<D: Device>(
         &mut self,
         inbox: &mut Inbox,
-        header: OptionHeader,
         exports: &dyn Exports<D>,
-        seat: &Seat,
-    ) -> Result<Option<Negotiated<D>>, End> {
+        seat: Option<&Seat>,
+    ) -> Result<Negotiated<D>, End> {
+        let flags = match self.flags {
+            Some(flags) => flags,
+            None => {
+                send(inbox, greeting().into()).await?;
+                let flags = receive::<4>(inbox).await?;
+                let flags = ClientFlags::decode(flags).ok_or(End::Violation("unknown client flags"))?;
+                *self.flags.insert(flags)
+            }
+        };
+        if let Some((code, option)) = self.asked.take()
+            && let Some(negotiated) = self.answer(inbox, code, Ok(option), exports, seat).await?
+        {
+            return Ok(negotiated);
+        }
+        while self.options_left > 0 {
+            self.options_left -= 1;
+            let header = OptionHeader::decode(&receive(inbox).await?);
+            let header = header.ok_or(End::Violation("not an option"))?;
+            if !flags.fixed_newstyle && header.code != OptionCode::EXPORT_NAME {
+                return Err(End::Violation("options without fixed newstyle"));
+            }
+            let Some(option) = self.receive_option(inbox, header).await? else {
+                continue;
+            };
+            if let Some(negotiated) = self.answer(inbox, header.code, option, exports, seat).await? {
+                return Ok(negotiated);
+            }
+        }
+        Err(End::Violation("too many options"))
+    }
+
+    /// An option's data, decoded. `None`: it was too long, and has been refused.
+    async fn receive_option(
+        &self,
+        inbox: &mut Inbox,
+        header: OptionHeader,
+    ) -> Result<Option<Result<ClientOption, &'static str>>, End> {
         let OptionHeader { code, len } = header;
-        let replies = OptionReplies::to(code);
         if len > NBD_OPTION_BYTES_MAX {
             if code == OptionCode::EXPORT_NAME || len > SKIP_BYTES_MAX {
                 return Err(End::Violation("an option is too long to skip"));
@@ -120,7 +174,8 @@ impl Haggling {
             if !inbox.skip(len as usize).await? {
                 return Err(End::Closed);
             }
-            let refused = replies.error(OptionError::TooBig, "the option is longer than 16 KiB");
+            let refused =
+                OptionReplies::to(code).error(OptionError::TooBig, "the option is longer than 16 KiB");
             send(inbox, refused.into_bytes()).await?;
             return Ok(None);
         }
@@ -129,26 +184,65 @@ impl Haggling {
         }
         let option = ClientOption::decode(code, &inbox.bytes()[..len as usize]);
         inbox.consume(len as usize);
+        Ok(Some(option))
+    }
 
-        if seat.draining() && code != OptionCode::ABORT {
+    /// Why an option is refused whatever it says.
+    fn barred(&self, code: OptionCode, seat: Option<&Seat>) -> Option<(OptionError, &'static str)> {
+        if code == OptionCode::ABORT {
+            return None;
+        }
+        if self.encryption == Encryption::Required && code != OptionCode::STARTTLS {
+            return Some((OptionError::TlsRequired, "begin TLS first"));
+        }
+        seat.is_some_and(Seat::draining)
+            .then_some((OptionError::Shutdown, "the server is shutting down"))
+    }
+
+    async fn answer<D: Device>(
+        &mut self,
+        inbox: &mut Inbox,
+        code: OptionCode,
+        option: Result<ClientOption, &'static str>,
+        exports: &dyn Exports<D>,
+        seat: Option<&Seat>,
+    ) -> Result<Option<Negotiated<D>>, End> {
+        let replies = OptionReplies::to(code);
+        if let Some((error, why)) = self.barred(code, seat) {
             if code == OptionCode::EXPORT_NAME {
-                return Err(End::Refused("shutting down"));
+                return Err(End::Refused(why));
             }
-            let refused = replies.error(OptionError::Shutdown, "the server is shutting down");
-            send(inbox, refused.into_bytes()).await?;
+            send(inbox, replies.error(error, why).into_bytes()).await?;
             return Ok(None);
         }
+        let export = match option.as_ref().ok().and_then(ClientOption::export) {
+            None => None,
+            Some(name) => match find(exports, name) {
+                Lookup::Here(export) => Some(export),
+                Lookup::Missing => None,
+                Lookup::Elsewhere(volume) => {
+                    self.asked = option.ok().map(|option| (code, option));
+                    return Err(End::Elsewhere(volume));
+                }
+            },
+        };
+        let claim = || seat.is_some_and(Seat::claim);
         let replies = match option {
             Err(_) if code == OptionCode::EXPORT_NAME => return Err(End::Refused("a malformed name")),
-            Err(why) => replies.error(OptionError::Invalid, why),
-            Ok(ClientOption::ExportName(name)) => {
-                let export = find(exports, &name).ok_or(End::Refused("no such export"))?;
-                if !seat.claim() {
+            Err(why) => {
+                if code == OptionCode::SET_META_CONTEXT {
+                    self.chosen = None;
+                }
+                replies.error(OptionError::Invalid, why)
+            }
+            Ok(ClientOption::ExportName(_)) => {
+                let export = export.ok_or(End::Refused("no such export"))?;
+                if !claim() {
                     return Err(End::Refused("too many connections"));
                 }
                 let size_bytes = export.volume.size_bytes();
-                let flags = self.export_flags(&export);
-                let reply = export_name_reply(size_bytes, flags, self.flags.no_zeroes);
+                let no_zeroes = self.flags.is_some_and(|flags| flags.no_zeroes);
+                let reply = export_name_reply(size_bytes, self.export_flags(&export), no_zeroes);
                 send(inbox, reply).await?;
                 return Ok(Some(self.agreed(export)));
             }
@@ -164,12 +258,12 @@ impl Haggling {
                 });
                 listed.ack()
             }
-            Ok(ClientOption::Info(query)) => match find(exports, &query.name) {
+            Ok(ClientOption::Info(query)) => match export {
                 Some(export) => self.describe(replies, &query, &export).ack(),
                 None => replies.error(OptionError::Unknown, NO_SUCH_EXPORT),
             },
-            Ok(ClientOption::Go(query)) => match find(exports, &query.name) {
-                Some(_) if !seat.claim() => replies.error(
+            Ok(ClientOption::Go(query)) => match export {
+                Some(_) if !claim() => replies.error(
                     OptionError::Policy,
                     "the attachment has all the connections it may have",
                 ),
@@ -195,11 +289,20 @@ impl Haggling {
                 self.framing = Framing::Extended;
                 replies.ack()
             }
-            Ok(ClientOption::ListMetaContext(query)) => self.list_contexts(replies, &query, exports),
-            Ok(ClientOption::SetMetaContext(query)) => self.set_contexts(replies, &query, exports),
-            Ok(ClientOption::StartTls) => {
-                replies.error(OptionError::Policy, "this socket is not served over TLS")
-            }
+            Ok(ClientOption::ListMetaContext(query)) => self.list_contexts(replies, &query, export.is_some()),
+            Ok(ClientOption::SetMetaContext(query)) => self.set_contexts(replies, &query, export),
+            Ok(ClientOption::StartTls) => match self.encryption {
+                Encryption::None => replies.error(OptionError::Policy, "this socket is not served over TLS"),
+                Encryption::On => replies.error(OptionError::Invalid, "TLS is on already"),
+                Encryption::Required => {
+                    // Whatever comes before the answer is somebody's who wants it to be taken for the client's.
+                    if !inbox.bytes().is_empty() {
+                        return Err(End::Violation("bytes between STARTTLS and its answer"));
+                    }
+                    send(inbox, replies.ack().into_bytes()).await?;
+                    return Err(End::StartTls);
+                }
+            },
             Ok(ClientOption::Unknown) => {
                 replies.error(OptionError::Unsupported, "this server does not know the option")
             }
@@ -232,16 +335,11 @@ impl Haggling {
         replies
     }
 
-    fn list_contexts<D>(
-        &self,
-        replies: OptionReplies,
-        query: &ContextQuery,
-        exports: &dyn Exports<D>,
-    ) -> OptionReplies {
+    fn list_contexts(&self, replies: OptionReplies, query: &ContextQuery, is_export: bool) -> OptionReplies {
         if self.framing == Framing::Simple {
             return replies.error(OptionError::Invalid, "negotiate structured replies first");
         }
-        if find(exports, &query.export).is_none() {
+        if !is_export {
             return replies.error(OptionError::Unknown, NO_SUCH_EXPORT);
         }
         let found = match query.without_queries {
@@ -258,14 +356,14 @@ impl Haggling {
         &mut self,
         replies: OptionReplies,
         query: &ContextQuery,
-        exports: &dyn Exports<D>,
+        export: Option<Export<D>>,
     ) -> OptionReplies {
         // Whatever comes of it, what was chosen before is gone.
         self.chosen = None;
         if self.framing == Framing::Simple {
             return replies.error(OptionError::Invalid, "negotiate structured replies first");
         }
-        let Some(export) = find(exports, &query.export) else {
+        let Some(export) = export else {
             return replies.error(OptionError::Unknown, NO_SUCH_EXPORT);
         };
         self.chosen = Some((export.name, query.named));
@@ -290,13 +388,13 @@ impl Haggling {
 const NO_SUCH_EXPORT: &str = "no export of that name here; ask for the list";
 
 /// The empty name is the default export: the only one there is, if there is only one.
-fn find<D>(exports: &dyn Exports<D>, name: &str) -> Option<Export<D>> {
-    if let Some(export) = exports.find(name) {
-        return Some(export);
-    }
-    match exports.list().as_slice() {
-        [(only, _)] if name.is_empty() => exports.find(only),
-        _ => None,
+fn find<D>(exports: &dyn Exports<D>, name: &str) -> Lookup<D> {
+    match exports.find(name) {
+        Lookup::Missing => match exports.list().as_slice() {
+            [(only, _)] if name.is_empty() => exports.find(only),
+            _ => Lookup::Missing,
+        },
+        found => found,
     }
 }
 
@@ -310,7 +408,7 @@ async fn receive<const N: usize>(inbox: &mut Inbox) -> Result<[u8; N], End> {
 }
 
 async fn send(inbox: &Inbox, bytes: Box<[u8]>) -> io::Result<()> {
-    inbox.stream().send(vec![SendPart::Bytes(bytes)]).await
+    inbox.link().send(vec![SendPart::Bytes(bytes)]).await
 }
 
 const _: () = assert!(HEADER_BYTES + NBD_OPTION_BYTES_MAX as usize <= INBOX_BYTES);

@@ -11,14 +11,16 @@ use std::time::Duration;
 
 use libvol::buf::Buf;
 use libvol::limits::NBD_PAYLOAD_SECONDS;
-use libvol::runtime::{net::Stream, timeout};
+use libvol::runtime::timeout;
+
+use super::link::Link;
 
 /// Between two pieces of a payload.
 pub(super) const PATIENCE: Duration = Duration::from_secs(NBD_PAYLOAD_SECONDS);
 
 /// See the module's text.
 pub(super) struct Inbox {
-    stream: Stream,
+    link: Link,
     /// Lent to the driver while a receive is under way.
     buf: Option<Buf>,
     filled: Range<usize>,
@@ -26,17 +28,30 @@ pub(super) struct Inbox {
 
 impl Inbox {
     /// An inbox that holds at most `capacity` bytes.
-    pub(super) fn new(stream: Stream, capacity: usize) -> Self {
+    pub(super) fn new(link: impl Into<Link>, capacity: usize) -> Self {
         Self {
-            stream,
+            link: link.into(),
             buf: Some(Buf::zeroed(capacity)),
             filled: 0..0,
         }
     }
 
-    /// The stream, for sending.
-    pub(super) fn stream(&self) -> &Stream {
-        &self.stream
+    /// The link, for sending.
+    pub(super) fn link(&self) -> &Link {
+        &self.link
+    }
+
+    /// The link, and what was received over it and not consumed.
+    pub(super) fn into_parts(self) -> (Link, Vec<u8>) {
+        let left = self.bytes().to_vec();
+        (self.link, left)
+    }
+
+    /// Begins with what was received elsewhere; it fits.
+    pub(super) fn put(&mut self, bytes: &[u8]) {
+        let buf = self.buf.as_mut().expect("only lent inside receive");
+        buf[..bytes.len()].copy_from_slice(bytes);
+        self.filled = 0..bytes.len();
     }
 
     /// Goes on with a buffer of `capacity` bytes.
@@ -72,7 +87,7 @@ impl Inbox {
         }
         let end = buf.len().min(self.filled.end.saturating_add(at_most));
         assert!(end > self.filled.end, "there is room for the next message");
-        let (received, buf) = self.stream.recv(buf, self.filled.end..end).await;
+        let (received, buf) = self.link.recv(buf, self.filled.end..end).await;
         self.buf = Some(buf);
         let received = received?;
         self.filled.end += received;
@@ -121,7 +136,7 @@ impl Inbox {
         into[..have].copy_from_slice(&self.bytes()[..have]);
         self.consume(have);
         while have < len {
-            let receive = self.stream.recv(into, have..len);
+            let receive = self.link.recv(into, have..len);
             let (received, buf) = timeout(PATIENCE, receive).await.ok_or_else(stopped)?;
             into = buf;
             match received? {

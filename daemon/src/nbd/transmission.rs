@@ -33,6 +33,7 @@ use libvol::volume::{BlockKind, PlainPart};
 use super::device::Device;
 use super::handshake::Negotiated;
 use super::inbox::{Inbox, PATIENCE};
+use super::link::Link;
 use super::outbox::Outbox;
 use super::proto::reply::{self, BLOCK_STATUS_RUNS_MAX};
 use super::proto::request::{Cookie, Header, Refusal, Request, Rules, STATUS_PAYLOAD_MAX, header_bytes};
@@ -60,7 +61,7 @@ pub(super) async fn run<D: Device>(mut inbox: Inbox, negotiated: Negotiated<D>, 
         contexts,
     } = negotiated;
     let connection = Rc::new(Connection {
-        stream: inbox.stream().clone(),
+        link: inbox.link().clone(),
         device: export.volume,
         name: export.name,
         read_only: export.read_only,
@@ -121,7 +122,7 @@ impl End {
 }
 
 struct Connection<D> {
-    stream: Stream,
+    link: Link,
     device: D,
     name: String,
     read_only: bool,
@@ -272,7 +273,7 @@ impl<D: Device> Connection<D> {
             self.window.room(cost_bytes).await;
             // What the client sent may have lain in the socket for long. If it has hung up meanwhile, it may have
             // sent newer writes over another connection, and these are too late.
-            if has_hung_up(&self.stream) {
+            if has_hung_up(self.link.stream()) {
                 return Err(End::Lost);
             }
         }
@@ -548,7 +549,7 @@ impl<D: Device> Member for Connection<D> {
         drop(dropped);
         self.window.close();
         self.outbox.discard();
-        self.stream.shutdown();
+        self.link.shutdown();
         self.stop_receiving();
     }
 
@@ -574,7 +575,7 @@ async fn serve_request<D: Device>(connection: Rc<Connection<D>>, job: Job) {
 
 /// Waits for the hang-up beside the reader, which may be waiting for room, or have much to receive before the end.
 async fn watch_for_hang_up<D: Device>(connection: Rc<Connection<D>>) {
-    connection.stream.hung_up().await;
+    connection.link.hung_up().await;
     connection.hung_up();
 }
 
@@ -582,7 +583,7 @@ async fn watch_for_hang_up<D: Device>(connection: Rc<Connection<D>>) {
 async fn send_replies<D: Device>(connection: Rc<Connection<D>>) {
     while let Some(parts) = connection.outbox.next_batch().await {
         let count = parts.len();
-        if let Err(e) = connection.stream.send(parts).await {
+        if let Err(e) = connection.link.send(parts).await {
             tracing::debug!(export = connection.name, "nbd: replies cannot be sent: {e}");
             connection.cut();
             return;

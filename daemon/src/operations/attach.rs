@@ -14,7 +14,7 @@ use libvol::catalog::{AttachmentRecord, CustomerRecord, VmRecord, VolumeRecord};
 use libvol::control::{self, Protocol};
 use libvol::ids::{AttachmentId, Epoch, VolumePath};
 use libvol::limits::ATTACHMENTS_PER_VM;
-use libvol::tenant::{self, AttachFacts, AttachVerdict, AttachmentFacts};
+use libvol::tenant::{self, AttachFacts, AttachVerdict, AttachmentFacts, VmIdentity};
 use libvol::{Error, Kind, Result};
 
 use super::volume::{check_ready, holder};
@@ -152,12 +152,17 @@ impl Operations {
                 volume_customer: volume.customer,
                 vm_customer: vm.customer,
                 vm_uid: vm.uid,
+                vm: VmIdentity {
+                    customer: volume.path.customer.clone(),
+                    vm: vm.name.clone(),
+                },
                 epoch: attachment.epoch,
             },
             export: volume.path.to_string(),
             vm: vm.name.to_string(),
             read_only: attachment.read_only,
             listener: bind(&socket, vm.uid)?,
+            switchboard: self.shards.switchboard(),
         };
         let opened = self
             .shards
@@ -256,6 +261,7 @@ impl Operations {
             attachment_id: attachment.id,
             uri: Some(uri(&volume, socket)),
             qemu_args: qemu_args(&volume, attachment.id, socket, attachment.read_only),
+            over_tls: self.over_tls(&volume, &attachment),
             socket: socket.to_owned(),
             volume,
             vm: vm.name,
@@ -264,6 +270,30 @@ impl Operations {
             read_only: attachment.read_only,
             connections,
         })
+    }
+
+    fn over_tls(&self, volume: &VolumePath, attachment: &AttachmentRecord) -> Vec<control::TlsAccess> {
+        let addresses = self.tls_addresses.get().into_iter().flatten();
+        addresses
+            .map(|address| {
+                let host = match address.ip() {
+                    ip if ip.is_unspecified() => {
+                        rustix::system::uname().nodename().to_string_lossy().into_owned()
+                    }
+                    ip => ip.to_string(),
+                };
+                let port = address.port();
+                let bracketed = if host.contains(':') {
+                    format!("[{host}]")
+                } else {
+                    host.clone()
+                };
+                control::TlsAccess {
+                    uri: format!("nbds://{bracketed}:{port}/{volume}"),
+                    qemu_args: qemu_tls_args(volume, attachment, &host, port),
+                }
+            })
+            .collect()
     }
 
     /// Where an attachment's socket is.
@@ -372,6 +402,23 @@ fn qemu_args(volume: &VolumePath, id: AttachmentId, socket: &str, read_only: boo
         format!(
             "driver=nbd,node-name={node},server.type=unix,server.path={socket},export={volume},\
              reconnect-delay={QEMU_RECONNECT_SECONDS},read-only={read_only},cache.direct=on,discard=unmap"
+        ),
+        "-device".into(),
+        format!("virtio-blk-pci,drive={node},id={node}-disk"),
+    ]
+}
+
+/// The same over TLS; the VM's certificate, its key and the CA's certificate lie in QEMU's own directory.
+fn qemu_tls_args(volume: &VolumePath, attachment: &AttachmentRecord, host: &str, port: u16) -> Vec<String> {
+    let node = format!("vold-{}", &attachment.id.0.simple().to_string()[..12]);
+    let read_only = if attachment.read_only { "on" } else { "off" };
+    vec![
+        "-object".into(),
+        format!("tls-creds-x509,id={node}-tls,dir=/etc/pki/qemu,endpoint=client,verify-peer=on"),
+        "-blockdev".into(),
+        format!(
+            "driver=nbd,node-name={node},server.type=inet,server.host={host},server.port={port},tls-creds={node}-tls,\
+             export={volume},reconnect-delay={QEMU_RECONNECT_SECONDS},read-only={read_only},cache.direct=on,discard=unmap"
         ),
         "-device".into(),
         format!("virtio-blk-pci,drive={node},id={node}-disk"),

@@ -24,7 +24,8 @@ mod vm;
 mod volume;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use libvol::catalog::{Catalog, CustomerRecord, StoreRecord, Tx, View, VmRecord, VolumeRecord};
@@ -37,7 +38,7 @@ use tokio::sync::OwnedMutexGuard;
 use tokio::task::JoinSet;
 
 use crate::data_dir::DataDir;
-use crate::shard::{Report, Shards};
+use crate::shard::{Gate, Report, Shards};
 pub(crate) use audit::Audit;
 use locks::Locks;
 pub(crate) use scrub::ScrubSettings;
@@ -91,6 +92,10 @@ pub(crate) struct Operations {
     /// Walks all volumes in the background.
     scrubber: scrub::Scrubber,
     resync_bytes_per_second: u64,
+    /// NBD over TCP, if it is served.
+    gate: Mutex<Option<Gate>>,
+    /// Where that is.
+    tls_addresses: OnceLock<Vec<SocketAddr>>,
     /// Destructions and recoveries under way.
     background: Mutex<JoinSet<()>>,
     started: Instant,

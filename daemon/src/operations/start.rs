@@ -10,7 +10,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use libvol::catalog::{AttachmentRecord, Catalog, DestroyRecord, Leaving, Phase, StoreRecord, VolumeRecord};
@@ -25,8 +25,9 @@ use super::locks::Locks;
 use super::scrub::Scrubber;
 use super::volume::holder;
 use super::{Audit, Operations, Seat, Settings};
+use crate::config::Tcp;
 use crate::data_dir::DataDir;
-use crate::shard::Shards;
+use crate::shard::{Bound, Gate, Shards, TlsFiles};
 
 /// How often open stores are asked for faults. They tell by themselves; this is for a record that could not be made.
 const FAULT_POLL: Duration = Duration::from_millis(250);
@@ -62,6 +63,8 @@ impl Operations {
             faults: Arc::default(),
             scrubber: Scrubber::new(settings.scrub),
             resync_bytes_per_second: settings.resync_bytes_per_second,
+            gate: Mutex::default(),
+            tls_addresses: OnceLock::new(),
             background: Mutex::new(JoinSet::new()),
             started: Instant::now(),
         });
@@ -75,6 +78,30 @@ impl Operations {
         operations.start_scrubbing();
         operations.watch_floors();
         Ok(operations)
+    }
+
+    /// Serves NBD over TCP, if there are addresses; where.
+    ///
+    /// # Errors
+    /// `Invalid` with what is wrong with the certificates; when the thread cannot be started.
+    pub(crate) async fn listen(
+        &self,
+        bound: Bound,
+        tcp: &Tcp,
+        engine: EngineChoice,
+    ) -> Result<Option<String>> {
+        let addresses = bound.addresses();
+        if addresses.is_empty() {
+            return Ok(None);
+        }
+        let dir = tcp.tls_dir.as_ref().ok_or_else(|| {
+            Error::invalid("sockets for NBD over TCP need TLS: give --tls-dir (or nbd.tls_dir)")
+        })?;
+        let gate = Gate::open(bound, TlsFiles::load(dir)?, &self.shards, engine).await?;
+        *self.gate.lock().unwrap_or_else(PoisonError::into_inner) = Some(gate);
+        let texts: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+        let _ = self.tls_addresses.set(addresses);
+        Ok(Some(texts.join(", ")))
     }
 
     async fn open_stores(self: &Arc<Self>) -> Result<()> {
@@ -254,6 +281,10 @@ impl Operations {
 
     /// Brings everything down, clean.
     pub(crate) async fn stop(self: &Arc<Self>) {
+        let gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(gate) = gate {
+            tokio::task::block_in_place(|| gate.close());
+        }
         self.stop_scrubbing().await;
         // The watcher and waits for scrubs end here; the scrubs themselves end with their stores and go on at the next start.
         let mut background = std::mem::take(

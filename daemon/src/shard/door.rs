@@ -7,17 +7,19 @@
 use std::cell::Cell;
 use std::os::unix::net::UnixListener;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use libvol::ids::Epoch;
 use libvol::limits::NBD_CONNECTIONS_PER_ATTACHMENT;
 use libvol::runtime::net::{Listener, Stream};
 use libvol::runtime::{sleep, spawn};
-use libvol::tenant::{self, AttachmentFacts};
+use libvol::tenant::{self, AttachmentFacts, Peer};
 use libvol::volume::Volume;
 use libvol::{Error, Kind, Result};
 
-use crate::nbd::{self, Export, Exports, Sessions};
+use super::switchboard::{Guest, Switchboard};
+use crate::nbd::{self, Export, Exports, Lookup, Sessions};
 
 /// How long sessions that end gently may take to answer what they have begun.
 const GENTLE: Duration = Duration::from_secs(2);
@@ -50,6 +52,8 @@ pub(crate) struct DoorSpec {
     pub(crate) read_only: bool,
     /// Bound, listening, owned by the VM's uid.
     pub(crate) listener: UnixListener,
+    /// Where VMs that come over TLS learn of it.
+    pub(crate) switchboard: Arc<Switchboard>,
 }
 
 /// An open door.
@@ -64,6 +68,7 @@ pub(crate) struct Door {
     volume: Rc<Volume>,
     listener: Listener,
     sessions: Rc<Sessions>,
+    switchboard: Arc<Switchboard>,
     connected: Cell<u64>,
     turned_away: Seldom,
     not_shown: Seldom,
@@ -87,10 +92,13 @@ impl Door {
             volume,
             listener,
             sessions: Sessions::new(),
+            switchboard: spec.switchboard,
             connected: Cell::default(),
             turned_away: Seldom::default(),
             not_shown: Seldom::default(),
         });
+        door.switchboard
+            .open(&door.facts.vm, &door.export, door.facts.volume);
         spawn(door.clone().accept()).detach();
         Ok(door)
     }
@@ -103,6 +111,7 @@ impl Door {
     /// Accepts nobody any more and ends all sessions; when it returns, none of their requests is in flight.
     pub(crate) async fn close(&self, manner: Manner) {
         self.closed.set(true);
+        self.switchboard.close(&self.facts.vm, self.facts.volume);
         self.listener.close();
         if manner == Manner::Gently {
             self.sessions.drain(GENTLE).await;
@@ -137,31 +146,69 @@ impl Door {
             }
         };
         let (uid, pid) = (peer.uid.as_raw(), peer.pid.as_raw_nonzero());
-        if let Err(why) = tenant::may_connect(&self.facts, uid, self.current.get()) {
+        let who = Peer::Uid(uid);
+        if let Err(why) = tenant::may_connect(&self.facts, &who, self.current.get()) {
             self.turned_away.say(|times| {
                 tracing::warn!(volume = %self.export, vm = %self.vm, uid, pid, times, "a connection is turned away: {why}");
             });
             return;
         }
+        self.log_connection(&format!("uid {uid}, pid {pid}"));
+        let exports = Rc::new(Shown {
+            door: self.clone(),
+            peer: who,
+        });
+        spawn(nbd::serve(stream, exports, self.sessions.clone())).detach();
+    }
+
+    /// Goes on with a VM that has come over TLS and asks for this volume.
+    pub(crate) fn take(self: &Rc<Self>, guest: Guest) {
+        let who = Peer::Vm(guest.identity.clone());
+        if let Err(why) = tenant::may_connect(&self.facts, &who, self.current.get()) {
+            // It was detached meanwhile, most likely.
+            tracing::debug!(volume = %self.export, vm = %self.vm, "a guest is turned away: {why}");
+            return;
+        }
+        self.log_connection("over TLS");
+        let exports = Rc::new(Shown {
+            door: self.clone(),
+            peer: who,
+        });
+        let Guest {
+            moving,
+            identity,
+            ticket,
+        } = guest;
+        let going_on = nbd::go_on(moving, exports, self.sessions.clone());
+        let switchboard = self.switchboard.clone();
+        let serving = async move {
+            if let Some((volume, moving)) = going_on.await {
+                let guest = Guest {
+                    moving,
+                    identity,
+                    ticket,
+                };
+                switchboard.hand_over(volume, guest);
+            }
+        };
+        spawn(serving).detach();
+    }
+
+    fn log_connection(&self, how: &str) {
         self.connected.set(self.connected.get() + 1);
         match self.connected.get() {
             times @ ..=CONNECTS_LOGGED => {
-                tracing::info!(volume = %self.export, vm = %self.vm, uid, pid, times, "connected");
+                tracing::info!(volume = %self.export, vm = %self.vm, times, "connected, {how}");
             }
-            times => tracing::debug!(volume = %self.export, vm = %self.vm, uid, pid, times, "connected"),
+            times => tracing::debug!(volume = %self.export, vm = %self.vm, times, "connected, {how}"),
         }
-        let exports = Rc::new(Shown {
-            door: self.clone(),
-            peer_uid: uid,
-        });
-        spawn(nbd::serve(stream, exports, self.sessions.clone())).detach();
     }
 }
 
 /// What one connection may see: its attachment's volume, as long as the attachment stands.
 struct Shown {
     door: Rc<Door>,
-    peer_uid: u32,
+    peer: Peer,
 }
 
 impl Shown {
@@ -171,18 +218,27 @@ impl Shown {
 }
 
 impl Exports for Shown {
-    fn find(&self, name: &str) -> Option<Export> {
+    fn find(&self, name: &str) -> Lookup {
         let door = &self.door;
-        if door.closed.get()
-            || !tenant::may_find(&door.facts, &door.export, name, self.peer_uid, door.current.get())
+        let is_ours = match &self.peer {
+            Peer::Uid(_) => true,
+            // A VM may have several volumes; the empty name is then none of them.
+            Peer::Vm(vm) => match door.switchboard.find(vm, name) {
+                Some(volume) if volume != door.facts.volume => return Lookup::Elsewhere(volume),
+                found => found.is_some(),
+            },
+        };
+        if !is_ours
+            || door.closed.get()
+            || !tenant::may_find(&door.facts, &door.export, name, &self.peer, door.current.get())
         {
             door.not_shown.say(|times| {
                 let name = clipped(name);
                 tracing::info!(volume = %door.export, vm = %door.vm, times, "export {name:?} asked for and not shown");
             });
-            return None;
+            return Lookup::Missing;
         }
-        Some(Export {
+        Lookup::Here(Export {
             name: door.export.clone(),
             description: self.description(),
             read_only: door.read_only,
@@ -192,7 +248,10 @@ impl Exports for Shown {
 
     fn list(&self) -> Vec<(String, String)> {
         let door = &self.door;
-        match tenant::may_connect(&door.facts, self.peer_uid, door.current.get()) {
+        if let Peer::Vm(vm) = &self.peer {
+            return door.switchboard.list(vm);
+        }
+        match tenant::may_connect(&door.facts, &self.peer, door.current.get()) {
             Ok(()) if !door.closed.get() => vec![(door.export.clone(), self.description())],
             _ => Vec::new(),
         }
@@ -201,11 +260,11 @@ impl Exports for Shown {
 
 /// Counts what a client can cause as often as it likes.
 #[derive(Default)]
-struct Seldom(Cell<u64>);
+pub(super) struct Seldom(Cell<u64>);
 
 impl Seldom {
     /// Says it the 1st, 2nd, 4th, 8th … time, with the count.
-    fn say(&self, say: impl FnOnce(u64)) {
+    pub(super) fn say(&self, say: impl FnOnce(u64)) {
         let times = self.0.get() + 1;
         self.0.set(times);
         if times.is_power_of_two() {

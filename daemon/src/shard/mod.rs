@@ -7,15 +7,21 @@
 //! It deliberately knows no catalog and no keys service; it gets an unwrapped key with each volume it opens.
 
 mod door;
+mod gate;
 mod registry;
+mod switchboard;
+mod tls;
 
 pub(crate) use door::DoorSpec;
+pub(crate) use gate::{Bound, Gate};
 pub(crate) use registry::{Mended, OpenReplica, OpenSpec, Registry, Report};
+pub(crate) use switchboard::Switchboard;
+pub(crate) use tls::TlsFiles;
 
 use std::cell::RefCell;
 use std::future::Future;
 use std::rc::Rc;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
 use libvol::disk::{EngineChoice, make_driver};
@@ -33,6 +39,7 @@ thread_local! {
 pub(crate) struct Shards {
     shards: Vec<Shard>,
     engine: &'static str,
+    switchboard: Arc<Switchboard>,
 }
 
 /// One shard, as seen from other threads.
@@ -61,7 +68,18 @@ impl Shards {
             }
             shards.push(shard);
         }
-        Ok(Self { shards, engine })
+        let switchboard = Arc::new(Switchboard::default());
+        switchboard.connect(shards.iter().map(|shard| shard.remote.clone()).collect());
+        Ok(Self {
+            shards,
+            engine,
+            switchboard,
+        })
+    }
+
+    /// Where VMs that come over TLS find their volumes.
+    pub(crate) fn switchboard(&self) -> Arc<Switchboard> {
+        self.switchboard.clone()
     }
 
     /// How many there are.
@@ -91,8 +109,7 @@ impl Shards {
 
     /// Ids are random, so their low bytes spread evenly.
     fn pick(&self, id: &[u8; 16]) -> &Shard {
-        let low = u64::from_le_bytes(id[8..].try_into().expect("8 bytes"));
-        &self.shards[(low % self.shards.len() as u64) as usize]
+        &self.shards[index_of(id, self.shards.len())]
     }
 
     /// Ends all threads; volumes and stores are closed before.
@@ -101,12 +118,19 @@ impl Shards {
             drop(shard.stop.take());
         }
         for shard in &mut self.shards {
-            if let Some(thread) = shard.thread.take() {
-                // A panicking shard has aborted the process; there is no other way for join to fail.
-                let _ = thread.join();
-            }
+            shard.end();
         }
     }
+}
+
+fn index_of(id: &[u8; 16], shards: usize) -> usize {
+    let low = u64::from_le_bytes(id[8..].try_into().expect("8 bytes"));
+    (low % shards.max(1) as u64) as usize
+}
+
+/// The registry of the shard that runs on this thread.
+fn registry_here() -> Option<Rc<Registry>> {
+    REGISTRY.with_borrow(Clone::clone)
 }
 
 impl Drop for Shards {
@@ -149,6 +173,15 @@ impl Shard {
             thread: Some(thread),
         };
         Ok((shard, name, line))
+    }
+
+    /// Ends its thread.
+    fn end(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // A panicking shard has aborted the process; there is no other way for join to fail.
+            let _ = thread.join();
+        }
     }
 
     /// Runs `work` on the shard as a task and waits for its result. A caller that stops waiting does not stop the work.

@@ -199,6 +199,11 @@ impl Registry {
         Ok(())
     }
 
+    /// An attachment's door, if it is open.
+    pub(super) fn door(&self, id: VolumeId) -> Option<Rc<Door>> {
+        self.volumes.borrow().get(&id)?.door.clone()
+    }
+
     /// Ends the attachment's sessions: from `epoch` on nothing of it is let in, and when this returns, nothing of it is
     /// in flight (I3).
     pub(crate) async fn close_door(&self, id: VolumeId, epoch: Epoch) {

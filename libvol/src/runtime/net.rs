@@ -1,7 +1,7 @@
 //! Stream sockets on the driver.
 
 use std::io;
-use std::net::Shutdown;
+use std::net::{Shutdown, TcpListener};
 use std::ops::Range;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -23,6 +23,18 @@ impl Listener {
     /// # Errors
     /// When it cannot be made non-blocking.
     pub fn unix(listener: UnixListener) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        Ok(Self {
+            driver: runtime(),
+            socket: Rc::new(OwnedFd::from(listener)),
+        })
+    }
+
+    /// Takes over a bound, listening TCP socket.
+    ///
+    /// # Errors
+    /// When it cannot be made non-blocking.
+    pub fn tcp(listener: TcpListener) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         Ok(Self {
             driver: runtime(),

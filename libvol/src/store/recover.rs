@@ -34,6 +34,7 @@ use crate::buf::Buf;
 use crate::disk::{Disk, DiskFile};
 use crate::error::{Error, Result};
 use crate::ids::{PhysicalExtent, VolumeId};
+use crate::sabotage::{Rule, broken};
 
 /// A store's metadata in memory, as of its newest durable commit.
 pub(super) struct Loaded {
@@ -290,7 +291,8 @@ impl Slots {
             }
             return;
         }
-        let live = books.table().volume(number).filter(|entry| !entry.tombstoned);
+        let live = books.table().volume(number);
+        let live = live.filter(|entry| !entry.tombstoned || broken(Rule::TombstonedSlots));
         let Some(entry) = live else {
             if copies != [SlotCopy::Zero, SlotCopy::Zero] {
                 self.stale.push(number);

@@ -33,7 +33,7 @@ use crate::ids::{ExtentIndex, PhysicalExtent, ReplicaSet};
 use crate::limits::{BLOCK_SIZE, VOLUME_EXTENTS_PER_COMMIT, VOLUME_RESYNC_EXTENTS};
 use crate::runtime::{now, sleep, spawn};
 use crate::sabotage::{Rule, broken};
-use crate::store::{Change, ExtentEntry, StoreIo};
+use crate::store::{Change, ExtentEntry, StoreIo, VolumeState};
 
 impl Core {
     /// Begins to bring a stale replica back over its store's data path. Returns when it is Joining; the rest happens in the
@@ -133,15 +133,17 @@ impl Core {
             let sure =
                 !seat.full_copy.get() && extent.state.get() == State::Clean && missed.of(index).is_none();
             let mut caught_up = extent.caught_up.get().without(replica);
+            // Its own mark says the same as the map of what it missed, and stays while it is out: one of the two would do.
+            let marked = |entry: &ExtentEntry| entry.dirty && !broken(Rule::MissMarked);
             match entry {
-                Some(entry) if sure && !entry.dirty && entry.key_version == self.key_version => {
+                Some(entry) if sure && !marked(entry) && entry.key_version == self.key_version => {
                     let mut all = extent.places.get();
                     all[replica] = entry.physical;
                     extent.places.set(all);
                     caught_up = caught_up.with(replica);
                 }
                 // With only some blocks missed, the rest of it is what the others have.
-                Some(entry) if !seat.full_copy.get() && !entry.dirty && missed.of(index).is_some() => {
+                Some(entry) if !seat.full_copy.get() && !marked(entry) && missed.of(index).is_some() => {
                     places.insert(index, entry.physical);
                 }
                 Some(entry) => {
@@ -418,14 +420,16 @@ impl Core {
 
     /// A size that it has missed. Its failure is that of a replica in sync.
     async fn settle_size_on(&self, replica: usize) {
-        let change = Change::SetSize {
-            volume: self.id,
-            size_bytes: self.size_bytes.get(),
-        };
+        let (volume, size_bytes) = (self.id, self.size_bytes.get());
         let results = self
-            .on(ReplicaSet::only(replica), |_, io| {
-                let change = change.clone();
-                async move { io.handle().commit(vec![change]).await }
+            .on(ReplicaSet::only(replica), |_, io| async move {
+                if let Ok(VolumeState::Live(record, _)) = io.handle().volume(volume).await
+                    && record.size_bytes == size_bytes
+                {
+                    return Ok(());
+                }
+                let change = Change::SetSize { volume, size_bytes };
+                io.handle().commit(vec![change]).await
             })
             .await;
         for (replica, result) in results.into_iter() {

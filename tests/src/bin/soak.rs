@@ -1,6 +1,7 @@
 //! Crash simulation for as long as one likes: `soak [--from N] [--seeds N] [--crash-points N] [--threads N]`, or one seed
 //! with its trace: `soak --seed N`. See docs/RELIABILITY.md. Ends with status 1 at the first broken promise. Built with the
-//! feature `sabotage`, `soak --sabotage` breaks rules on purpose and prints after how many seeds that was noticed.
+//! feature `sabotage`, `soak --sabotage` breaks rules on purpose and prints after how many seeds that was noticed;
+//! with `--rule NAME,NAME` only those.
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -12,7 +13,8 @@ use vold_tests::sim::{Failure, Faults, Size, run, shrink};
 const USAGE: &str =
     "usage: soak [--from SEED] [--seeds N] [--crash-points N] [--threads N] | soak --seed SEED
 sizes: [--volumes N] [--workers N] [--requests N] [--rounds N]
-faults: [--no-device-errors] [--no-vanishing] [--no-lost-writes] [--writes-beside-damage]";
+faults: [--no-device-errors] [--no-vanishing] [--no-lost-writes] [--no-lost-zeros] [--writes-beside-damage]
+        [--of-old]: those there were when seeds up to 268215 were found";
 
 /// Between two lines.
 const REPORT_EVERY: Duration = Duration::from_secs(10);
@@ -25,6 +27,9 @@ struct Options {
     one: Option<u64>,
     #[cfg(feature = "sabotage")]
     sabotage: bool,
+    /// The one rule to break, instead of all.
+    #[cfg(feature = "sabotage")]
+    rule: Option<String>,
     size: Size,
     faults: Faults,
 }
@@ -38,6 +43,8 @@ fn options() -> Result<Options, String> {
         one: None,
         #[cfg(feature = "sabotage")]
         sabotage: false,
+        #[cfg(feature = "sabotage")]
+        rule: None,
         size: Size::default(),
         faults: Faults::default(),
     };
@@ -47,9 +54,13 @@ fn options() -> Result<Options, String> {
             "--no-device-errors" => options.faults.device_errors = false,
             "--no-vanishing" => options.faults.vanishing = false,
             "--no-lost-writes" => options.faults.lost_writes = false,
+            "--no-lost-zeros" => options.faults.lost_zeros = false,
+            "--of-old" => options.faults = Faults::of_old(),
             "--writes-beside-damage" => options.faults.writes_beside_damage = true,
             #[cfg(feature = "sabotage")]
             "--sabotage" => options.sabotage = true,
+            #[cfg(feature = "sabotage")]
+            "--rule" => options.rule = Some(arguments.next().ok_or("--rule: needs a rule's name")?),
             _ => {
                 let value = arguments.next().and_then(|value| value.parse::<u64>().ok());
                 let value = value.ok_or_else(|| format!("{name}: needs a number"))?;
@@ -120,12 +131,17 @@ fn sabotage(options: &Options) -> ExitCode {
     use libvol::sabotage::Rule;
     use vold_tests::sim::sabotage::{SEEDS_MAX, noticed, table};
 
+    let wanted = |rule: &&Rule| {
+        let named = |name: &String| name.split(',').any(|name| name == format!("{rule:?}"));
+        options.rule.as_ref().is_none_or(named)
+    };
+    let rules: Vec<Rule> = Rule::ALL.iter().filter(wanted).copied().collect();
     let next = AtomicU64::new(0);
     let rows = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
         for _ in 0..options.threads {
             scope.spawn(|| {
-                while let Some(rule) = Rule::ALL.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
+                while let Some(rule) = rules.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
                     let failing = noticed(*rule, options.seeds.min(SEEDS_MAX));
                     println!("{rule:?}: {failing:?}");
                     let mut rows = rows.lock().unwrap_or_else(PoisonError::into_inner);

@@ -12,6 +12,8 @@
 //! | [`catalog`] | the daemon's catalog, on a simulated file |
 //! | [`records`] | what is read out of it |
 //! | [`model`] | what a volume may answer, sector by sector |
+//! | [`watched`] | the register of memberships, with power cuts right after a change |
+//! | [`lies`] | zeros that a disk acknowledges and forgets |
 //! | [`rest`] | what the disks hold when nothing runs: the offline check, replicas, keys; and damage |
 //! | [`shrink`] | a failing history made smaller |
 //!
@@ -19,6 +21,7 @@
 //! sockets, no keystore and no threads: those have suites of their own.
 
 pub mod catalog;
+pub mod lies;
 pub mod life;
 pub mod model;
 pub mod plan;
@@ -30,6 +33,7 @@ pub mod shrink;
 pub mod stores;
 pub mod verify;
 pub mod volumes;
+pub mod watched;
 pub mod work;
 pub mod world;
 

@@ -90,6 +90,12 @@ pub struct Faults {
     pub vanishing: bool,
     /// Writes to one disk get lost or land elsewhere, in rounds that end in peace.
     pub lost_writes: bool,
+    /// The zeros that one disk is to overwrite released extents with get lost.
+    pub lost_zeros: bool,
+    /// The power goes right after a membership has changed.
+    pub cuts_at_changes: bool,
+    /// Extents are given back and allocated anew while a replica catches up.
+    pub churn_beside_resync: bool,
 }
 
 impl Default for Faults {
@@ -102,6 +108,21 @@ impl Default for Faults {
             device_errors: true,
             vanishing: true,
             lost_writes: true,
+            lost_zeros: true,
+            cuts_at_changes: true,
+            churn_beside_resync: true,
+        }
+    }
+}
+
+impl Faults {
+    /// Those that there were when the first seeds of `tests/tests/simulation.rs` were found: they replay their histories.
+    pub fn of_old() -> Self {
+        Self {
+            lost_zeros: false,
+            cuts_at_changes: false,
+            churn_beside_resync: false,
+            ..Self::default()
         }
     }
 }
@@ -187,6 +208,8 @@ pub enum Trouble {
     Away(Option<u64>),
     /// Writes get lost or land elsewhere.
     Silent,
+    /// Zeros of the scrubber get lost.
+    LostZeros,
 }
 
 /// What holds for one round.
@@ -198,6 +221,8 @@ pub struct Round {
     pub is_last: bool,
     /// When the power goes.
     pub cut: Cut,
+    /// It also goes so many disk calls after a membership has changed.
+    pub cut_at_change: Option<u64>,
     /// What the cut does to what is not synced.
     pub unsynced: sim::Cut,
     /// Seed of the engine.
@@ -206,6 +231,8 @@ pub struct Round {
     pub trouble: Trouble,
     /// Nothing is made, trimmed or destroyed: extents keep their owners.
     pub is_frugal: bool,
+    /// Extents are given back and allocated anew while a replica catches up.
+    pub churns: bool,
 }
 
 impl Round {
@@ -229,18 +256,24 @@ impl Round {
             2..=3 if faults.vanishing => Trouble::Vanishing,
             4 if faults.vanishing => Trouble::Away(away),
             5 if faults.lost_writes => Trouble::Silent,
+            6 if faults.lost_zeros => Trouble::LostZeros,
             _ => Trouble::None,
         };
         let is_frugal = trouble == Trouble::Silent;
+        let mut rng = stream(seed, "change", &[u64::from(number)]);
+        let calls = 1 + rng.below(4);
+        let at_change = faults.cuts_at_changes && matches!(cut, Cut::AfterRecovery(_)) && rng.one_in(2);
         Self {
             number,
             is_last,
             // Damage is promised to be found only where its sum is durable: once the volume is closed.
             cut: if is_frugal { Cut::Never } else { cut },
+            cut_at_change: (at_change && !is_frugal).then_some(calls),
             unsynced,
             engine_seed,
             trouble,
             is_frugal,
+            churns: faults.churn_beside_resync && !is_frugal,
         }
     }
 

@@ -5,10 +5,7 @@ use libvol::sabotage::{Rule, break_rule};
 use super::{Faults, Size, run};
 
 /// A broken rule must be noticed within so many seeds.
-pub const SEEDS_MAX: u64 = 3000;
-
-/// Rules whose breaking the world does not notice within 400 seeds: it is not strong enough for them yet.
-pub const NOT_NOTICED_YET: [Rule; 2] = [Rule::MissMarked, Rule::ResyncSyncs];
+pub const SEEDS_MAX: u64 = 1000;
 
 /// The first seed, from 0 on, whose history notices that the rule is broken, and what it says.
 pub fn noticed(rule: Rule, seeds: u64) -> Option<(u64, String)> {

@@ -24,6 +24,7 @@ use super::life::{BLOCK_SECTORS, Running, STUCK};
 use super::model::Model;
 use super::plan::EXTENT_BLOCKS;
 use super::stores::LOOK;
+use super::watched::Watched;
 use super::work;
 
 /// Largest volume, in blocks.
@@ -237,9 +238,13 @@ impl Running {
             key_version: KeyVersion(1),
             replicas: replicas.map(replica).collect(),
             membership_epoch: entry.membership.epoch,
-            register: Rc::new(VolumeRegister {
-                catalog: self.life.catalog.clone(),
-                rng: RefCell::new(self.rng("register", number)),
+            register: Rc::new(Watched {
+                register: VolumeRegister {
+                    catalog: self.life.catalog.clone(),
+                    rng: RefCell::new(self.rng("register", number)),
+                },
+                driver: self.life.driver.clone(),
+                cut: self.life.round.cut_at_change,
             }),
         };
         match timeout(STUCK, Volume::open_tuned(spec, self.life.plan.tuning)).await {

@@ -10,6 +10,7 @@ use libvol::crypto::seal::PlainBuf;
 use libvol::disk::sim::Rng;
 use libvol::limits::{BLOCK, SECTOR_SIZE};
 use libvol::runtime::{sleep, spawn, timeout};
+use libvol::store::Member;
 use libvol::volume::Volume;
 
 use super::life::{BLOCK_SECTORS, Flag, Running, STUCK};
@@ -219,6 +220,9 @@ impl Worker {
 
     /// One request; whether to go on.
     async fn request(&mut self) -> bool {
+        if self.running.life.round.churns && self.is_joining() && self.rng.one_in(2) {
+            return self.churn().await;
+        }
         let range = self.any_range();
         let trims = self.running.life.plan.trims && !self.running.life.round.is_frugal;
         let kind = self.rng.below(if trims { 12 } else { 9 });
@@ -236,6 +240,27 @@ impl Worker {
             4..=8 => self.write(range, fua).await,
             kind => self.zero(range, kind, fua, no_hole).await,
         }
+    }
+
+    /// Whether a replica catches up.
+    fn is_joining(&self) -> bool {
+        let mut replicas = self.volume.replicas().into_iter();
+        replicas.any(|replica| replica.state == Member::Resyncing)
+    }
+
+    /// Gives an extent back and writes it soon after: the replica that catches up may still hold the old one in its place.
+    async fn churn(&mut self) -> bool {
+        let size = self.volume.size_bytes() / SECTOR_SIZE as u64;
+        let start = self.rng.below(size) / EXTENT_SECTORS * EXTENT_SECTORS;
+        let range = start as usize..(start + EXTENT_SECTORS).min(size) as usize;
+        if self.is_off_limits(&range) {
+            return self.read(range).await;
+        }
+        if !self.zero(range.clone(), 9, false, false).await {
+            return false;
+        }
+        sleep(Duration::from_micros(self.rng.below(3000))).await;
+        self.write(range, false).await
     }
 
     fn note(&self, what: &str, range: &Range<usize>) {

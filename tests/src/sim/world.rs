@@ -17,6 +17,7 @@ use libvol::store::{self, FormatOptions};
 
 use super::Report;
 use super::catalog::{self, CHANGE_MAX, Catalog, Entry, Phase};
+use super::lies::allow_lost_zeros;
 use super::life::Life;
 use super::model::{Model, PLAINTEXT_MARK};
 use super::plan::{Cut, EXTENT_BYTES, Faults, Plan, Round, Size, Trouble, stream};
@@ -227,6 +228,9 @@ impl World {
         })));
         let returns = self.plan_trouble(&driver, round);
         let silently = silent.map(|extents| allow_silent(&driver, extents));
+        if round.trouble == Trouble::LostZeros {
+            allow_lost_zeros(&driver);
+        }
         if let Cut::AfterStart(calls) = round.cut {
             driver.cut_after_calls(calls);
         }
@@ -302,7 +306,7 @@ impl World {
         let mut records = self.catalog.records();
         let failing = matches!(
             round.trouble,
-            Trouble::Errors | Trouble::Vanishing | Trouble::Away(_)
+            Trouble::Errors | Trouble::Vanishing | Trouble::Away(_) | Trouble::LostZeros
         );
         let settled = |entry: &Entry| entry.phase == Phase::Ready && entry.is_whole();
         self.troubled &= !(records.faults.is_empty() && records.live.values().all(settled));
@@ -367,6 +371,11 @@ impl World {
                 driver.vanish(self.bad);
                 return returns.map(Duration::from_millis);
             }
+            Trouble::LostZeros => FaultPlan {
+                lost_writes: 2,
+                budget: 1 + rng.below(3) as u32,
+                ..FaultPlan::default()
+            },
             Trouble::Silent => FaultPlan {
                 lost_writes: rate(&[0, 1], 20),
                 misdirected_writes: rate(&[0, 2], 20),

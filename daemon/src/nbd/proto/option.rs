@@ -104,7 +104,7 @@ impl OptionCode {
     const GO: Self = Self(7);
     const STRUCTURED_REPLY: Self = Self(8);
     const LIST_META_CONTEXT: Self = Self(9);
-    const SET_META_CONTEXT: Self = Self(10);
+    pub(in crate::nbd) const SET_META_CONTEXT: Self = Self(10);
     const EXTENDED_HEADERS: Self = Self(11);
 }
 
@@ -219,6 +219,18 @@ impl ClientOption {
     }
 }
 
+impl ClientOption {
+    /// The export that it is about.
+    pub(in crate::nbd) fn export(&self) -> Option<&str> {
+        match self {
+            ClientOption::ExportName(name) => Some(name),
+            ClientOption::Info(query) | ClientOption::Go(query) => Some(&query.name),
+            ClientOption::ListMetaContext(query) | ClientOption::SetMetaContext(query) => Some(&query.export),
+            _ => None,
+        }
+    }
+}
+
 impl ExportQuery {
     fn decode(data: &[u8]) -> Result<Self, &'static str> {
         const SHORT: &str = "the option's data ends early";
@@ -302,6 +314,8 @@ pub(in crate::nbd) enum OptionError {
     Policy = (1 << 31) + 2,
     /// Malformed, or out of order.
     Invalid = (1 << 31) + 3,
+    /// Nothing before TLS.
+    TlsRequired = (1 << 31) + 5,
     /// No such export, or none that this client may know of.
     Unknown = (1 << 31) + 6,
     /// The server is going away.

@@ -87,14 +87,14 @@ impl Client {
     }
 
     pub(super) async fn send(&self, bytes: &[u8]) {
-        let sent = self.inbox.stream().send(vec![SendPart::Bytes(bytes.into())]);
+        let sent = self.inbox.link().send(vec![SendPart::Bytes(bytes.into())]);
         sent.await.expect("the server listens");
     }
 
     /// Sends what may never be read.
     pub(super) async fn try_send(&self, bytes: &[u8]) -> bool {
         self.inbox
-            .stream()
+            .link()
             .send(vec![SendPart::Bytes(bytes.into())])
             .await
             .is_ok()
@@ -140,12 +140,12 @@ impl Client {
 
     /// Closes both directions.
     pub(super) fn drop_connection(&self) {
-        self.inbox.stream().shutdown();
+        self.inbox.link().shutdown();
     }
 
     /// Closes one direction: a hang-up in this protocol, which knows a goodbye for the other meaning.
     pub(super) fn stop_sending(&self) {
-        let socket = self.inbox.stream().socket();
+        let socket = self.inbox.link().stream().socket();
         rustix::net::shutdown(socket, rustix::net::Shutdown::Write).unwrap();
     }
 

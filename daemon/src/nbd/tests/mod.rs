@@ -24,7 +24,7 @@ use libvol::runtime::{
     yield_now,
 };
 
-use super::{Export, Exports, Sessions, serve_device};
+use super::{Export, Exports, Lookup, Sessions, serve_device};
 use client::Client;
 use device::Memory;
 
@@ -125,9 +125,11 @@ struct Server {
 struct Shelf(Vec<(String, bool, Rc<Memory>)>);
 
 impl Exports<Rc<Memory>> for Shelf {
-    fn find(&self, name: &str) -> Option<Export<Rc<Memory>>> {
-        let (name, read_only, device) = self.0.iter().find(|(n, ..)| n == name)?;
-        Some(Export {
+    fn find(&self, name: &str) -> Lookup<Rc<Memory>> {
+        let Some((name, read_only, device)) = self.0.iter().find(|(n, ..)| n == name) else {
+            return Lookup::Missing;
+        };
+        Lookup::Here(Export {
             name: name.clone(),
             description: format!("{name} of the test"),
             read_only: *read_only,

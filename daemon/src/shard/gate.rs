@@ -1,0 +1,192 @@
+//! The gate: the thread that receives connections over TCP. TLS and the greeting happen here, where no volume's requests wait
+//! behind them; who has named a volume that it may see goes on at that volume's door, on its shard.
+
+use std::cell::{Cell, RefCell};
+use std::net::{SocketAddr, TcpListener};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use libvol::disk::EngineChoice;
+use libvol::runtime::net::{Listener, Stream};
+use libvol::runtime::{sleep, spawn};
+use libvol::{Error, Kind, Result};
+use rustix::net::sockopt::set_tcp_nodelay;
+
+use super::door::Seldom;
+use super::switchboard::{Guest, Lobby, Switchboard};
+use super::tls::{TlsFiles, identity};
+use super::{Shard, Shards};
+use crate::nbd;
+
+/// Listening, and not serving yet.
+pub(crate) struct Bound {
+    listeners: Vec<TcpListener>,
+}
+
+impl Bound {
+    /// Takes the addresses.
+    ///
+    /// # Errors
+    /// `Busy`, `Invalid` with the address.
+    pub(crate) fn bind(addresses: &[SocketAddr]) -> Result<Self> {
+        let listen = |address: &SocketAddr| {
+            TcpListener::bind(address).map_err(|e| {
+                let kind = match e.kind() {
+                    std::io::ErrorKind::AddrInUse => Kind::Busy,
+                    _ => Kind::Invalid,
+                };
+                Error::with_source(kind, format!("NBD cannot listen on {address}"), e)
+            })
+        };
+        let listeners = addresses.iter().map(listen).collect::<Result<_>>()?;
+        Ok(Self { listeners })
+    }
+
+    /// Sockets that whoever started the daemon has bound.
+    pub(crate) fn add(&mut self, listeners: Vec<TcpListener>) {
+        self.listeners.extend(listeners);
+    }
+
+    /// Where it listens.
+    pub(crate) fn addresses(&self) -> Vec<SocketAddr> {
+        let addresses = self.listeners.iter().map(TcpListener::local_addr);
+        addresses.filter_map(std::result::Result::ok).collect()
+    }
+}
+
+/// See the module's text. Ends with the value.
+pub(crate) struct Gate {
+    shard: Shard,
+    stopping: tokio::sync::watch::Sender<bool>,
+}
+
+struct Porch {
+    switchboard: Arc<Switchboard>,
+    tls: RefCell<TlsFiles>,
+    closed: Cell<bool>,
+    refused: Seldom,
+    full: Seldom,
+}
+
+impl Gate {
+    /// Begins to accept.
+    ///
+    /// # Errors
+    /// When the thread cannot be started or a socket not be used.
+    pub(crate) async fn open(
+        bound: Bound,
+        tls: TlsFiles,
+        shards: &Shards,
+        engine: EngineChoice,
+    ) -> Result<Self> {
+        let (shard, _, _) = Shard::start(shards.count(), engine)?;
+        let (stopping, mut stopped) = tokio::sync::watch::channel(false);
+        let switchboard = shards.switchboard();
+        shard
+            .call(move |_| async move {
+                let porch = Rc::new(Porch {
+                    switchboard,
+                    tls: RefCell::new(tls),
+                    closed: Cell::new(false),
+                    refused: Seldom::default(),
+                    full: Seldom::default(),
+                });
+                let mut listeners = Vec::new();
+                for listener in bound.listeners {
+                    let listener = Listener::tcp(listener)
+                        .map_err(|e| Error::with_source(Kind::Io, "an NBD socket cannot be used", e))?;
+                    let listener = Rc::new(listener);
+                    spawn(porch.clone().accept(listener.clone())).detach();
+                    listeners.push(listener);
+                }
+                spawn(async move {
+                    let _ = stopped.wait_for(|stopping| *stopping).await;
+                    porch.closed.set(true);
+                    listeners.iter().for_each(|listener| listener.close());
+                })
+                .detach();
+                Ok(())
+            })
+            .await?;
+        Ok(Self { shard, stopping })
+    }
+
+    /// Accepts nobody any more. Connections that have not named a volume end with the thread.
+    pub(crate) fn close(mut self) {
+        let _ = self.stopping.send(true);
+        self.shard.end();
+    }
+}
+
+impl Porch {
+    async fn accept(self: Rc<Self>, listener: Rc<Listener>) {
+        while !self.closed.get() {
+            match listener.accept().await {
+                Ok(_) if self.closed.get() => break,
+                Ok(stream) => self.receive(stream),
+                Err(_) if self.closed.get() => break,
+                Err(e) => {
+                    tracing::warn!("nbd: cannot accept a connection over TCP: {e}");
+                    sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+
+    fn receive(self: &Rc<Self>, stream: Stream) {
+        let Some(ticket) = self.switchboard.stranger() else {
+            self.full.say(|times| {
+                tracing::warn!(
+                    times,
+                    "nbd: a connection over TCP is dropped: too many have not said who they are"
+                );
+            });
+            return;
+        };
+        let tls = match self.tls.borrow_mut().current() {
+            Ok(tls) => tls,
+            Err(e) => {
+                self.refused
+                    .say(|times| tracing::error!(times, "nbd: nobody is let in over TCP: {e}"));
+                return;
+            }
+        };
+        // Replies are gathered already.
+        let _ = set_tcp_nodelay(stream.socket(), true);
+        let porch = self.clone();
+        let receiving = async move {
+            let received = nbd::receive(stream, tls, |certificate| porch.judge(certificate)).await;
+            drop(ticket);
+            if let Some((volume, moving, lobby)) = received {
+                let Lobby { identity, ticket } = lobby;
+                let guest = Guest {
+                    moving,
+                    identity,
+                    ticket,
+                };
+                porch.switchboard.hand_over(volume, guest);
+            }
+        };
+        spawn(receiving).detach();
+    }
+
+    fn judge(&self, certificate: &[u8]) -> Option<Lobby> {
+        let Some(vm) = identity(certificate) else {
+            self.refused.say(|times| {
+                tracing::warn!(
+                    times,
+                    "nbd: a certificate names no VM (vold://CUSTOMER/VM) and is refused"
+                );
+            });
+            return None;
+        };
+        let admitted = self.switchboard.admit(vm.clone());
+        if admitted.is_none() {
+            self.full.say(|times| {
+                tracing::warn!(times, customer = %vm.customer, "nbd: too many connections of one customer over TCP");
+            });
+        }
+        admitted
+    }
+}

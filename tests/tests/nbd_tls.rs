@@ -1,0 +1,296 @@
+//! NBD over TLS: who has which certificate gets to which export, with real clients; and nobody else learns anything.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use vold_tests::content::bytes;
+use vold_tests::nbd::Client;
+use vold_tests::tools::{output, run, same_bytes, tool};
+use vold_tests::{Vold, wait_for};
+
+/// A daemon that listens, its authority's directory, and the port.
+struct Tls {
+    vold: Vold,
+    port: u16,
+}
+
+impl Tls {
+    /// `acme/vol` on `vm1`, `globex/vol` on `vm2`; certificates for both.
+    fn start() -> Self {
+        let mut vold = Vold::not_started(None);
+        let pki = vold.path("pki");
+        let this = |vold: &Vold, words: &str| vold.ctl(words);
+        this(
+            &vold,
+            &format!(
+                "tls init --dir {} --server localhost --server 127.0.0.1",
+                pki.display()
+            ),
+        );
+        let mut command = vold.serve_command();
+        command.args(["--listen", "127.0.0.1:0", "--tls-dir"]).arg(&pki);
+        vold.restart_with(command);
+        vold.with_volume(1, "64M", "8M");
+        vold.ctl("customer create globex");
+        vold.ctl("vm create vm2 --customer globex");
+        vold.ctl("volume create globex/vol --size 8M");
+        vold.attach("globex/vol", "vm2");
+        let attached = vold.ctl("attach acme/vol --vm vm1");
+        let uri = attached["over_tls"][0]["uri"].as_str().unwrap();
+        let port = uri.split(':').next_back().unwrap().split('/').next().unwrap();
+        let tls = Self {
+            port: port.parse().unwrap(),
+            vold,
+        };
+        tls.issue("acme", "vm1");
+        tls.issue("globex", "vm2");
+        tls
+    }
+
+    fn certificate(&self, customer: &str, vm: &str) -> PathBuf {
+        self.vold.path(&format!("{customer}-{vm}"))
+    }
+
+    fn issue(&self, customer: &str, vm: &str) {
+        let (pki, out) = (self.vold.path("pki"), self.certificate(customer, vm));
+        self.vold.ctl(&format!(
+            "tls issue --dir {} --customer {customer} --vm {vm} --out {}",
+            pki.display(),
+            out.display()
+        ));
+    }
+
+    fn uri(&self, certificate: &Path, export: &str) -> String {
+        format!(
+            "nbds://localhost:{}/{export}?tls-certificates={}",
+            self.port,
+            certificate.display()
+        )
+    }
+
+    /// Whether the export can be opened with the certificate, and what is said if not.
+    fn opens(&self, certificate: &Path, export: &str) -> Result<(), String> {
+        let said = output(tool("nbdinfo").args(["--size", &self.uri(certificate, export)]));
+        match said.status.success() {
+            true => {
+                assert_eq!(String::from_utf8_lossy(&said.stdout).trim(), "8388608");
+                Ok(())
+            }
+            false => Err(String::from_utf8_lossy(&said.stderr).into_owned()),
+        }
+    }
+}
+
+#[test]
+fn each_vm_opens_and_lists_its_own_export_and_no_other_is_told_from_a_missing_one() {
+    let tls = Tls::start();
+    let (acme, globex) = (tls.certificate("acme", "vm1"), tls.certificate("globex", "vm2"));
+    tls.opens(&acme, "acme/vol").unwrap();
+    tls.opens(&globex, "globex/vol").unwrap();
+    tls.opens(&acme, "").unwrap();
+    let foreign = tls.opens(&acme, "globex/vol").unwrap_err();
+    let missing = tls.opens(&acme, "globex/nix").unwrap_err();
+    assert_eq!(
+        foreign.replace("globex/vol", "X"),
+        missing.replace("globex/nix", "X"),
+        "foreign and missing look the same"
+    );
+    let list = run("nbdinfo", ["--list", "--json", &tls.uri(&acme, "")]);
+    assert!(list.contains("acme/vol") && !list.contains("globex"), "{list}");
+    // Two volumes: neither is the default, both are listed and opened, on whichever shard.
+    tls.vold.ctl("volume create acme/two --size 8M");
+    tls.vold.attach("acme/two", "vm1");
+    tls.opens(&acme, "acme/two").unwrap();
+    tls.opens(&acme, "acme/vol").unwrap();
+    tls.opens(&acme, "").unwrap_err();
+    let list = run("nbdinfo", ["--list", "--json", &tls.uri(&acme, "")]);
+    assert!(list.contains("acme/vol") && list.contains("acme/two"), "{list}");
+}
+
+#[test]
+fn a_detached_volume_is_gone_at_once_also_for_who_is_connected() {
+    let tls = Tls::start();
+    let acme = tls.certificate("acme", "vm1");
+    let mut qemu_io = tool("qemu-io")
+        .args([
+            "--object",
+            &format!("tls-creds-x509,id=t,dir={},endpoint=client", acme.display()),
+        ])
+        .args(["--image-opts", "-n"])
+        .arg(format!(
+            "driver=nbd,server.type=inet,server.host=localhost,server.port={},tls-creds=t,export=acme/vol",
+            tls.port
+        ))
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut commands = qemu_io.stdin.take().unwrap();
+    commands.write_all(b"write -P 7 0 64k\n").unwrap();
+    wait_for("it is connected", || {
+        let connections = tls.vold.ctl("attachment list")["items"][0]["connections"].clone();
+        let written = tls.vold.volume("acme/vol")["allocated_bytes"].clone();
+        (connections == 1 && written != 0).then_some(())
+    });
+    tls.vold.ctl("detach acme/vol --vm vm1");
+    tls.opens(&acme, "acme/vol").unwrap_err();
+    commands.write_all(b"read -P 7 0 64k\n").unwrap();
+    drop(commands);
+    let said = qemu_io.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    assert!(
+        said.contains("wrote 65536") && !said.contains("read 65536/65536"),
+        "{said}"
+    );
+}
+
+#[test]
+fn no_wrong_expired_revoked_or_foreign_certificate_gets_anywhere() {
+    let tls = Tls::start();
+    let acme = tls.certificate("acme", "vm1");
+    // Of a VM that has nothing; of one that does not exist.
+    for (customer, vm) in [("acme", "vm9"), ("globex", "vm1"), ("nobody", "vm1")] {
+        tls.issue(customer, vm);
+        tls.opens(&tls.certificate(customer, vm), "acme/vol").unwrap_err();
+    }
+    // Of another authority, with the right name, and the right authority's certificate beside it.
+    let (other, out) = (tls.vold.path("other"), tls.vold.path("forged"));
+    tls.vold
+        .ctl(&format!("tls init --dir {} --server localhost", other.display()));
+    tls.vold.ctl(&format!(
+        "tls issue --dir {} --customer acme --vm vm1 --out {}",
+        other.display(),
+        out.display()
+    ));
+    std::fs::copy(acme.join("ca-cert.pem"), out.join("ca-cert.pem")).unwrap();
+    tls.opens(&out, "acme/vol").unwrap_err();
+    // None at all.
+    let none = tls.vold.path("none");
+    std::fs::create_dir(&none).unwrap();
+    std::fs::copy(acme.join("ca-cert.pem"), none.join("ca-cert.pem")).unwrap();
+    tls.opens(&none, "acme/vol").unwrap_err();
+    // Expired: good for no day.
+    let expired = tls.vold.path("expired");
+    tls.vold.ctl(&format!(
+        "tls issue --dir {} --customer acme --vm vm1 --out {} --days 0",
+        tls.vold.path("pki").display(),
+        expired.display()
+    ));
+    std::thread::sleep(Duration::from_secs(1));
+    tls.opens(&expired, "acme/vol").unwrap_err();
+    tls.opens(&acme, "acme/vol").unwrap();
+    // Revoked, without a restart; the other VM's goes on working.
+    tls.vold.ctl(&format!(
+        "tls revoke --dir {} --customer acme --vm vm1",
+        tls.vold.path("pki").display()
+    ));
+    tls.opens(&acme, "acme/vol").unwrap_err();
+    tls.opens(&tls.certificate("globex", "vm2"), "globex/vol")
+        .unwrap();
+}
+
+#[test]
+fn images_are_copied_in_and_out_over_one_and_more_connections() {
+    let tls = Tls::start();
+    let acme = tls.certificate("acme", "vm1");
+    let (plain, back) = (tls.vold.path("plain"), tls.vold.path("back"));
+    std::fs::write(&plain, bytes(5, 8 << 20)).unwrap();
+    let uri = tls.uri(&acme, "acme/vol");
+    for connections in ["1", "4"] {
+        let connections = format!("--connections={connections}");
+        run(
+            "nbdcopy",
+            ["--flush", &connections, plain.to_str().unwrap(), &uri],
+        );
+        run("nbdcopy", [&connections, &uri, back.to_str().unwrap()]);
+        assert!(same_bytes(&plain, &back));
+    }
+    let object = format!("tls-creds-x509,id=t,dir={},endpoint=client", acme.display());
+    let image = format!(
+        "driver=nbd,server.type=inet,server.host=localhost,server.port={},tls-creds=t,export=acme/vol",
+        tls.port
+    );
+    let compare = ["compare", "--object", &object, "--image-opts"];
+    let file = format!("driver=raw,file.driver=file,file.filename={}", plain.display());
+    run("qemu-img", compare.iter().copied().chain([&image[..], &file[..]]));
+}
+
+#[test]
+fn nothing_is_told_or_done_before_tls() {
+    let tls = Tls::start();
+    let mut plain = TcpStream::connect(("127.0.0.1", tls.port)).unwrap();
+    plain.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut greeting = [0; 18];
+    plain.read_exact(&mut greeting).unwrap();
+    plain.write_all(&3u32.to_be_bytes()).unwrap();
+    let option = |code: u32, data: &[u8]| {
+        [
+            b"IHAVEOPT",
+            &code.to_be_bytes()[..],
+            &(data.len() as u32).to_be_bytes(),
+            data,
+        ]
+        .concat()
+    };
+    let name = [&8u32.to_be_bytes()[..], b"acme/vol", &[0, 0]].concat();
+    for (code, data) in [
+        (3, &b""[..]),
+        (6, &name),
+        (7, &name),
+        (8, b""),
+        (9, &name),
+        (10, &name),
+        (11, b""),
+        (99, b""),
+    ] {
+        plain.write_all(&option(code, data)).unwrap();
+        let mut reply = [0; 20];
+        plain.read_exact(&mut reply).unwrap();
+        assert_eq!(
+            reply[12..16],
+            (0x8000_0005u32).to_be_bytes(),
+            "option {code}: TLS is required"
+        );
+        let mut text = vec![0; u32::from_be_bytes(reply[16..].try_into().unwrap()) as usize];
+        plain.read_exact(&mut text).unwrap();
+        assert!(!String::from_utf8(text).unwrap().contains("acme"));
+    }
+    // Bytes that are sent along with STARTTLS could be somebody else's: the connection ends.
+    plain
+        .write_all(&[option(5, b""), option(8, b"")].concat())
+        .unwrap();
+    let mut rest = Vec::new();
+    let _ = plain.read_to_end(&mut rest);
+    assert!(rest.is_empty(), "not even answered");
+    // EXPORT_NAME cannot be answered.
+    let mut plain = TcpStream::connect(("127.0.0.1", tls.port)).unwrap();
+    plain.read_exact(&mut greeting).unwrap();
+    plain.write_all(&3u32.to_be_bytes()).unwrap();
+    plain.write_all(&option(1, b"acme/vol")).unwrap();
+    assert_eq!(plain.read_to_end(&mut rest).unwrap_or(0), 0);
+    // The attachment's own socket is as it was.
+    let uri = tls.vold.attach("acme/vol", "vm1");
+    Client::connect(&uri).read(0, 512).unwrap();
+}
+
+#[test]
+fn a_listening_address_without_certificates_or_an_odd_one_is_refused_with_the_reason() {
+    let vold = Vold::not_started(None);
+    let refused = |args: &[&str]| {
+        let mut command = vold.serve_command();
+        vold.refuses_to_start(command.args(args))
+    };
+    let said = refused(&["--listen", "127.0.0.1:0"]);
+    assert!(
+        said.contains("--tls-dir") && said.contains("volctl tls init"),
+        "{said}"
+    );
+    for odd in ["@abstract", "/run/x.sock", "localhost", "127.0.0.1", "[::1]"] {
+        let said = refused(&["--listen", odd, "--tls-dir", "/nonexistent"]);
+        assert!(said.contains("listen address"), "{said}");
+    }
+    let said = refused(&["--listen", "127.0.0.1:0", "--tls-dir", "/nonexistent"]);
+    assert!(said.contains("/nonexistent/ca-cert.pem"), "{said}");
+}
