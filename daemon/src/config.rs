@@ -271,7 +271,8 @@ mod tests {
         let path = Path::new("f");
         assert_eq!(parse(path, "").unwrap(), File::default());
         let all = "io_engine = \"threads\"\nshards = 3\nlog = \"debug\"\n\
-            [scrub]\npass_days = 7\nbytes_per_second = 5000000\n[resync]\nbytes_per_second = 9000000\n";
+            [scrub]\npass_days = 7\nbytes_per_second = 5000000\n[resync]\nbytes_per_second = 9000000\n\
+            [nbd]\nlisten = [\"[::]:10809\"]\ntls_dir = \"/etc/vold/tls\"\n";
         let file = parse(path, all).unwrap();
         assert_eq!(file.io_engine, Some(IoEngine::Threads));
         assert_eq!((file.shards, file.log.as_deref()), (Some(3), Some("debug")));
@@ -281,6 +282,10 @@ mod tests {
         };
         assert_eq!(file.scrub.settings(), scrub);
         assert_eq!(file.resync.bytes_per_second, Some(9_000_000));
+        assert_eq!(
+            (file.nbd.listen.len(), file.nbd.tls_dir.clone()),
+            (1, Some("/etc/vold/tls".into()))
+        );
         assert!(refusal("[resync]\nbytes_per_second = 1\n").contains("4096 or more"));
         let written: toml::Table = toml::from_str(all).unwrap();
         assert!(
@@ -296,8 +301,10 @@ mod tests {
             line.contains("\"shard_count\"") && line.contains("io_engine"),
             "{line}"
         );
+        let line = refusal("[vhost]\nport = 1\n");
+        assert!(line.contains("\"vhost\""), "{line}");
         let line = refusal("[nbd]\nport = 1\n");
-        assert!(line.contains("\"nbd\""), "{line}");
+        assert!(line.contains("line 2") && line.contains("port"), "{line}");
         let line = refusal("[scrub]\ndays = 1\n");
         assert!(line.contains("line 2") && line.contains("days"), "{line}");
     }

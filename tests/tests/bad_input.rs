@@ -535,7 +535,8 @@ fn a_configuration_with_unknown_keys_bad_values_or_no_syntax_is_refused_by_line(
     let config = vold.path("vold.toml");
     for (text, words) in [
         ("shard_count = 4\n", &["shard_count", "unknown key"][..]),
-        ("shards = 1\n[nbd]\nport = 1\n", &["nbd", "unknown key"]),
+        ("shards = 1\n[vhost]\nport = 1\n", &["vhost", "unknown key"]),
+        ("shards = 1\n[nbd]\nport = 1\n", &["line 3", "port"]),
         ("\nio_engine = \"spdk\"\n", &["line 2", "spdk"]),
         ("shards = 0\n", &["shards", "1 to"]),
         ("shards = = 2\n", &["line 1"]),
