@@ -2,8 +2,7 @@
 //!
 //! Files as QEMU's `tls-creds-x509` has them, in one directory: `ca-cert.pem`, `server-cert.pem`, `server-key.pem`, and
 //! `ca-crl.pem` if certificates were revoked. They are looked at again when one of them has changed, so that a revocation or
-//! a renewed certificate needs no restart; what cannot be read then leaves what was read before in force, except that
-//! nobody is let in while a revocation list cannot be read.
+//! a renewed certificate needs no restart. While a changed file cannot be read, nobody is let in.
 //!
 //! What a certificate is good for is one URI in its subject alternative name ([`VmIdentity`]); names, and anything else in it,
 //! count for nothing.
