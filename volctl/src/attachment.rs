@@ -134,8 +134,7 @@ impl Row for Attachment {
 
 impl Human for Attachment {
     fn human(&self) -> String {
-        let over_tls = self.over_tls.iter();
-        facts(&[
+        let mut shown = vec![
             ("Volume", Some(self.volume.to_string())),
             ("VM", Some(self.vm.to_string())),
             ("Attachment", Some(self.attachment_id.to_string())),
@@ -145,18 +144,12 @@ impl Human for Attachment {
             ("URI", self.uri.clone()),
             ("Socket", Some(self.socket.clone())),
             ("QEMU", Some(quoted_all(&self.qemu_args))),
-            (
-                "Over TLS",
-                over_tls.clone().next().map(|access| access.uri.clone()),
-            ),
-            (
-                "QEMU over TLS",
-                over_tls
-                    .clone()
-                    .next()
-                    .map(|access| quoted_all(&access.qemu_args)),
-            ),
-        ])
+        ];
+        for access in &self.over_tls {
+            shown.push(("Over TLS", Some(access.uri.clone())));
+            shown.push(("QEMU over TLS", Some(quoted_all(&access.qemu_args))));
+        }
+        facts(&shown)
     }
 }
 

@@ -70,8 +70,7 @@ pub(crate) fn rows<T: Row>(items: &[T]) -> String {
 
 /// One fact a line, values in one column. Facts without a value are left out.
 pub(crate) fn facts(facts: &[(&str, Option<String>)]) -> String {
-    let known = facts.iter().filter(|(_, value)| value.is_some());
-    let width = known.map(|(label, _)| label.len()).max().unwrap_or(0);
+    let width = facts.iter().map(|(label, _)| label.len()).max().unwrap_or(0);
     let lines: Vec<String> = facts
         .iter()
         .filter_map(|(label, value)| value.as_ref().map(|value| (label, one_line(value))))
