@@ -150,12 +150,12 @@ fn a_replica_is_written_no_more_than_it_missed_while_the_daemon_kept_running() {
     assert_ne!(replica(&vold, "b")["state"], "in_sync");
     limit_files(&vold, "unlimited");
     wait_until_in_sync(&vold, "b");
-    let log = vold.log();
-    let copied = log
-        .lines()
-        .rev()
-        .find(|line| line.contains("in sync again"))
-        .unwrap();
+    // The line comes a moment after the state.
+    let copied = wait_for("the log tells how much was copied", || {
+        let log = vold.log();
+        let line = log.lines().rev().find(|line| line.contains("in sync again"));
+        line.map(str::to_owned)
+    });
     let copied = copied.split("copied_bytes=").nth(1).unwrap();
     let copied: u64 = copied.split_whitespace().next().unwrap().parse().unwrap();
     let missed = missed.len() as u64 * 4096;
@@ -164,7 +164,8 @@ fn a_replica_is_written_no_more_than_it_missed_while_the_daemon_kept_running() {
         copied as f64 / missed as f64
     );
     assert!(copied * 10 <= missed * 11, "missed {missed}, copied {copied}");
-    assert!(copied * 10 >= missed * 9, "missed {missed}, copied {copied}");
+    // An attempt that met the limit again has copied some of it before.
+    assert!(copied * 2 >= missed, "missed {missed}, copied {copied}");
     drop(client);
     vold.stop();
     vold.check_is_clean();
