@@ -150,22 +150,22 @@ fn a_replica_is_written_no_more_than_it_missed_while_the_daemon_kept_running() {
     assert_ne!(replica(&vold, "b")["state"], "in_sync");
     limit_files(&vold, "unlimited");
     wait_until_in_sync(&vold, "b");
-    // The line comes a moment after the state.
-    let copied = wait_for("the log tells how much was copied", || {
+    // The line comes a moment after the state. An attempt that met the limit again has copied some of it before.
+    let attempts: Vec<u64> = wait_for("the log tells how much was copied", || {
         let log = vold.log();
-        let line = log.lines().rev().find(|line| line.contains("in sync again"));
-        line.map(str::to_owned)
+        let told = log.lines().filter_map(|line| line.split("copied_bytes=").nth(1));
+        let counts = told.map(|told| told.split_whitespace().next().unwrap().parse().unwrap());
+        log.contains("in sync again").then(|| counts.collect())
     });
-    let copied = copied.split("copied_bytes=").nth(1).unwrap();
-    let copied: u64 = copied.split_whitespace().next().unwrap().parse().unwrap();
+    let copied = *attempts.last().unwrap();
     let missed = missed.len() as u64 * 4096;
     println!(
         "missed {missed} bytes, copied {copied}: {:.3}",
         copied as f64 / missed as f64
     );
     assert!(copied * 10 <= missed * 11, "missed {missed}, copied {copied}");
-    // An attempt that met the limit again has copied some of it before.
-    assert!(copied * 2 >= missed, "missed {missed}, copied {copied}");
+    let in_all: u64 = attempts.iter().sum();
+    assert!(in_all * 10 >= missed * 9, "missed {missed}, copied {attempts:?}");
     drop(client);
     vold.stop();
     vold.check_is_clean();

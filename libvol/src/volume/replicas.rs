@@ -497,7 +497,8 @@ impl Core {
         if seat.role.get() != Role::Joining {
             return;
         }
-        tracing::warn!(volume = %self.label, store = %seat.name.borrow(), "replica stops catching up: {reason}");
+        let copied_bytes = seat.copied_bytes.get();
+        tracing::warn!(volume = %self.label, store = %seat.name.borrow(), copied_bytes, "replica stops catching up: {reason}");
         seat.role.set(Role::Stale);
         seat.reason.replace(Some(reason.to_owned()));
         seat.places.borrow_mut().clear();
