@@ -90,6 +90,9 @@ fn run(cli: Cli) -> Result<(), Failure> {
         client: Client::new(cli.global.api),
         format: cli.global.output,
     };
+    if let Command::Tls(command) = &cli.command {
+        return tls::run(&session, command);
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -99,9 +102,6 @@ fn run(cli: Cli) -> Result<(), Failure> {
                 format!("cannot start: {e}; are there free file descriptors?"),
             )
         })?;
-    if let Command::Tls(command) = &cli.command {
-        return tls::run(&session, command);
-    }
     runtime.block_on(async {
         match cli.command {
             Command::Store(command) => store::run(&session, command).await,

@@ -49,7 +49,7 @@ pub(crate) enum Command {
     /// Issue a VM's certificate
     Issue(IssueArgs),
     /// Revoke all certificates that a VM has been issued; vold takes notice by itself
-    Revoke(RevokeArgs),
+    Revoke(Whose),
 }
 
 /// Arguments of `tls init`.
@@ -66,9 +66,9 @@ pub(crate) struct InitArgs {
     days: u32,
 }
 
-/// Arguments of `tls issue`.
+/// Whose certificates, and which authority's.
 #[derive(Debug, Args)]
-pub(crate) struct IssueArgs {
+pub(crate) struct Whose {
     /// Directory of the authority
     #[arg(long, value_name = "DIR")]
     dir: PathBuf,
@@ -78,26 +78,19 @@ pub(crate) struct IssueArgs {
     /// The VM
     #[arg(long, value_name = "VM")]
     vm: Name,
+}
+
+/// Arguments of `tls issue`.
+#[derive(Debug, Args)]
+pub(crate) struct IssueArgs {
+    #[command(flatten)]
+    whose: Whose,
     /// Directory for the VM's certificate and key; made when it is missing
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Days that it is good for
     #[arg(long, default_value_t = 365)]
     days: u32,
-}
-
-/// Arguments of `tls revoke`.
-#[derive(Debug, Args)]
-pub(crate) struct RevokeArgs {
-    /// Directory of the authority
-    #[arg(long, value_name = "DIR")]
-    dir: PathBuf,
-    /// The VM's customer
-    #[arg(long, value_name = "CUSTOMER")]
-    customer: Name,
-    /// The VM
-    #[arg(long, value_name = "VM")]
-    vm: Name,
 }
 
 /// A certificate that was issued.
@@ -148,15 +141,7 @@ fn init(args: &InitArgs) -> Result<Made, Failure> {
     let dir = &args.dir;
     let files = ["ca-cert.pem", "ca-key.pem", "server-cert.pem", "server-key.pem"];
     make_dir(dir)?;
-    if let Some(there) = files.iter().find(|name| dir.join(name).exists()) {
-        return Err(Failure::new(
-            Kind::Exists,
-            format!(
-                "{}: there is one already, and it is never written over; use another directory",
-                dir.join(there).display()
-            ),
-        ));
-    }
+    check_absent(dir, &files)?;
     let mut params = params(CA_DAYS, "vold certificate authority")?;
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
@@ -187,18 +172,11 @@ fn init(args: &InitArgs) -> Result<Made, Failure> {
 fn issue(args: &IssueArgs) -> Result<Made, Failure> {
     let files = ["ca-cert.pem", "client-cert.pem", "client-key.pem"];
     make_dir(&args.out)?;
-    if let Some(there) = files[1..].iter().find(|name| args.out.join(name).exists()) {
-        return Err(Failure::new(
-            Kind::Exists,
-            format!(
-                "{}: there is one already, and it is never written over; use another directory",
-                args.out.join(there).display()
-            ),
-        ));
-    }
-    let (ca_cert, issuer) = authority(&args.dir)?;
-    let uri = format!("vold://{}/{}", args.customer, args.vm);
-    let mut client = params(args.days, &format!("{}/{}", args.customer, args.vm))?;
+    check_absent(&args.out, &files[1..])?;
+    let Whose { dir, customer, vm } = &args.whose;
+    let (ca_cert, issuer) = authority(dir)?;
+    let uri = format!("vold://{customer}/{vm}");
+    let mut client = params(args.days, &format!("{customer}/{vm}"))?;
     client.subject_alt_names = vec![SanType::URI(uri.as_str().try_into().map_err(failed)?)];
     client.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
     client.key_usages = KEY_USAGES.to_vec();
@@ -206,15 +184,15 @@ fn issue(args: &IssueArgs) -> Result<Made, Failure> {
     let cert = client.signed_by(&key, &issuer).map_err(failed)?;
     // Written down first: what is in nobody's list cannot be revoked.
     let serial = client.serial_number.as_ref().map(SerialNumber::to_bytes);
-    let mut list = issued(&args.dir)?;
+    let mut list = issued(dir)?;
     list.push(Issued {
         serial: hex(&serial.unwrap_or_default()),
-        customer: args.customer.clone(),
-        vm: args.vm.clone(),
+        customer: customer.clone(),
+        vm: vm.clone(),
         expires_unix_seconds: client.not_after.unix_timestamp(),
         revoked_unix_seconds: None,
     });
-    put_issued(&args.dir, &list)?;
+    put_issued(dir, &list)?;
     write_over(&args.out.join(files[0]), &ca_cert, 0o644)?;
     write_new(&args.out.join(files[1]), &cert.pem(), 0o644)?;
     write_new(&args.out.join(files[2]), &key.serialize_pem(), 0o600)?;
@@ -228,7 +206,7 @@ fn issue(args: &IssueArgs) -> Result<Made, Failure> {
     })
 }
 
-fn revoke(args: &RevokeArgs) -> Result<Made, Failure> {
+fn revoke(args: &Whose) -> Result<Made, Failure> {
     let (_, issuer) = authority(&args.dir)?;
     let now = OffsetDateTime::now_utc();
     let mut list = issued(&args.dir)?;
@@ -353,6 +331,22 @@ fn make_dir(dir: &Path) -> Result<(), Failure> {
         .mode(0o700)
         .create(dir)
         .map_err(|e| unusable(dir, &e))
+}
+
+/// # Errors
+/// `Exists` with the first that is there.
+fn check_absent(dir: &Path, files: &[&str]) -> Result<(), Failure> {
+    let paths = files.iter().map(|name| dir.join(name));
+    match paths.into_iter().find(|path| path.exists()) {
+        None => Ok(()),
+        Some(there) => Err(Failure::new(
+            Kind::Exists,
+            format!(
+                "{}: there is one already, and it is never written over; use another directory",
+                there.display()
+            ),
+        )),
+    }
 }
 
 fn write_new(path: &Path, text: &str, mode: u32) -> Result<(), Failure> {

@@ -73,14 +73,15 @@ async fn act<T, F>(
     operations: Arc<Operations>,
     by: Caller,
     action: &'static str,
-    on: String,
-    operation: F,
+    on: impl ToString,
+    operation: impl FnOnce(Arc<Operations>) -> F,
 ) -> Reply<T>
 where
     T: Serialize + Send + 'static,
     F: Future<Output = Result<T>> + Send + 'static,
 {
-    let uid = by.0.uid();
+    let (uid, on) = (by.0.uid(), on.to_string());
+    let operation = operation(operations.clone());
     run(async move {
         let ended = operation.await;
         tokio::task::block_in_place(|| operations.audit.called(uid, action, on, &ended));
@@ -128,8 +129,8 @@ async fn status(State(operations): Ops) -> Reply<control::Status> {
 
 async fn store_add(State(operations): Ops, by: Caller, body: Body) -> Reply<control::Store> {
     let request: control::StoreAdd = parse(body)?;
-    let (audited, on) = (operations.clone(), request.name.to_string());
-    act(audited, by, "store.add", on, async move {
+    let on = request.name.to_string();
+    act(operations, by, "store.add", on, |operations| async move {
         operations.store_add(request).await
     })
     .await
@@ -137,8 +138,8 @@ async fn store_add(State(operations): Ops, by: Caller, body: Body) -> Reply<cont
 
 async fn store_reopen(State(operations): Ops, by: Caller, name: One) -> Reply<control::Store> {
     let name: Name = part(&name?)?;
-    let (audited, on) = (operations.clone(), name.to_string());
-    act(audited, by, "store.reopen", on, async move {
+    let on = name.to_string();
+    act(operations, by, "store.reopen", on, |operations| async move {
         operations.store_reopen(&name).await
     })
     .await
@@ -156,13 +157,13 @@ async fn store_show(State(operations): Ops, name: One) -> Reply<control::Store> 
 async fn store_drain(State(operations): Ops, by: Caller, name: One, body: Body) -> Reply<control::Store> {
     let name: Name = part(&name?)?;
     let request: control::StoreDrain = parse(body)?;
-    let (audited, on) = (operations.clone(), name.to_string());
     let action = if request.cancel {
         "store.drain_cancel"
     } else {
         "store.drain"
     };
-    act(audited, by, action, on, async move {
+    let on = name.to_string();
+    act(operations, by, action, on, |operations| async move {
         operations.store_drain(&name, request.cancel).await
     })
     .await
@@ -184,9 +185,9 @@ async fn store_remove(
 ) -> Reply<Done> {
     let name: Name = part(&name?)?;
     let Query(RemoveQuery { lost }) = query?;
-    let (audited, on) = (operations.clone(), name.to_string());
     let action = if lost { "store.remove_lost" } else { "store.remove" };
-    act(audited, by, action, on, async move {
+    let on = name.to_string();
+    act(operations, by, action, on, |operations| async move {
         match lost {
             true => operations.store_remove_lost(&name).await,
             false => operations.store_remove(&name).await,
@@ -198,8 +199,8 @@ async fn store_remove(
 
 async fn customer_create(State(operations): Ops, by: Caller, body: Body) -> Reply<control::Customer> {
     let request: control::CustomerCreate = parse(body)?;
-    let (audited, on) = (operations.clone(), request.name.to_string());
-    act(audited, by, "customer.create", on, async move {
+    let on = request.name.to_string();
+    act(operations, by, "customer.create", on, |operations| async move {
         operations.customer_create(request).await
     })
     .await
@@ -216,9 +217,9 @@ async fn customer_show(State(operations): Ops, name: One) -> Reply<control::Cust
 
 async fn vm_create(State(operations): Ops, by: Caller, body: Body) -> Reply<control::Vm> {
     let request: control::VmCreate = parse(body)?;
-    let (audited, on) = (operations.clone(), request.name.to_string());
     let uid = by.0.uid();
-    act(audited, by, "vm.create", on, async move {
+    let on = request.name.to_string();
+    act(operations, by, "vm.create", on, |operations| async move {
         operations.vm_create(request, uid)
     })
     .await
@@ -235,8 +236,8 @@ async fn vm_show(State(operations): Ops, name: One) -> Reply<control::Vm> {
 
 async fn vm_remove(State(operations): Ops, by: Caller, name: One) -> Reply<Done> {
     let name: Name = part(&name?)?;
-    let (audited, on) = (operations.clone(), name.to_string());
-    act(audited, by, "vm.remove", on, async move {
+    let on = name.to_string();
+    act(operations, by, "vm.remove", on, |operations| async move {
         operations.vm_remove(&name).map(|()| Done {})
     })
     .await
@@ -244,8 +245,8 @@ async fn vm_remove(State(operations): Ops, by: Caller, name: One) -> Reply<Done>
 
 async fn volume_create(State(operations): Ops, by: Caller, body: Body) -> Reply<control::Volume> {
     let request: control::VolumeCreate = parse(body)?;
-    let (audited, on) = (operations.clone(), request.volume.to_string());
-    act(audited, by, "volume.create", on, async move {
+    let on = request.volume.to_string();
+    act(operations, by, "volume.create", on, |operations| async move {
         operations.volume_create(request).await
     })
     .await
@@ -263,8 +264,8 @@ async fn volume_show(State(operations): Ops, path: Two) -> Reply<control::Volume
 async fn volume_resize(State(operations): Ops, by: Caller, path: Two, body: Body) -> Reply<control::Volume> {
     let path = volume_path(path)?;
     let request: control::VolumeResize = parse(body)?;
-    let (audited, on) = (operations.clone(), path.to_string());
-    act(audited, by, "volume.resize", on, async move {
+    let on = path.to_string();
+    act(operations, by, "volume.resize", on, |operations| async move {
         operations.volume_resize(&path, request).await
     })
     .await
@@ -286,8 +287,8 @@ async fn volume_delete(
 ) -> Reply<control::Destroy> {
     let path = volume_path(path)?;
     let Query(DeleteQuery { now }) = query?;
-    let (audited, on) = (operations.clone(), path.to_string());
-    act(audited, by, "volume.delete", on, async move {
+    let on = path.to_string();
+    act(operations, by, "volume.delete", on, |operations| async move {
         operations.volume_delete(&path, now).await
     })
     .await
@@ -295,11 +296,8 @@ async fn volume_delete(
 
 async fn attach(State(operations): Ops, by: Caller, body: Body) -> Reply<control::Attachment> {
     let request: control::Attach = parse(body)?;
-    let (audited, on) = (
-        operations.clone(),
-        format!("{} to {}", request.volume, request.vm),
-    );
-    act(audited, by, "volume.attach", on, async move {
+    let on = format!("{} to {}", request.volume, request.vm);
+    act(operations, by, "volume.attach", on, |operations| async move {
         operations.attach(request).await
     })
     .await
@@ -311,11 +309,8 @@ async fn attachment_list(State(operations): Ops) -> Reply<List<control::Attachme
 
 async fn detach(State(operations): Ops, by: Caller, body: Body) -> Reply<Done> {
     let request: control::Detach = parse(body)?;
-    let (audited, on) = (
-        operations.clone(),
-        format!("{} from {}", request.volume, request.vm),
-    );
-    act(audited, by, "volume.detach", on, async move {
+    let on = format!("{} from {}", request.volume, request.vm);
+    act(operations, by, "volume.detach", on, |operations| async move {
         operations.detach(request).await.map(|()| Done {})
     })
     .await
@@ -323,14 +318,11 @@ async fn detach(State(operations): Ops, by: Caller, body: Body) -> Reply<Done> {
 
 async fn scrub_start(State(operations): Ops, by: Caller, body: Body) -> Reply<List<control::Scrub>> {
     let request: control::ScrubStart = parse(body)?;
-    let (audited, on) = (
-        operations.clone(),
-        request
-            .volume
-            .as_ref()
-            .map_or_else(|| "all".into(), ToString::to_string),
-    );
-    act(audited, by, "scrub.start", on, async move {
+    let on = request
+        .volume
+        .as_ref()
+        .map_or_else(|| "all".into(), ToString::to_string);
+    act(operations, by, "scrub.start", on, |operations| async move {
         list(operations.scrub_start(&request))
     })
     .await

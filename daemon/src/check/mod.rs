@@ -1,8 +1,8 @@
 //! `vold check`: looks at everything a stopped daemon left, changes nothing, and lists what is wrong.
 //!
 //! Catalog (a verified copy in memory), every store on its own, the replicas of every volume against each other, and the
-//! catalog against the stores ([`cross`]); the audit log's chain. What an unclean stop leaves and the next start puts right is a note, not
-//! damage. Status 0: clean; 1: damaged, or a store could not be looked at.
+//! catalog against the stores ([`cross`]); the audit log's chain. What an unclean stop leaves and the next start puts right
+//! is a note, not damage. Status 0: clean; 1: damaged, or a store could not be looked at.
 //!
 //! With `--repair`: looked at, repaired ([`repair`]), and looked at again; what is gone was repaired, what is there is left.
 
@@ -55,12 +55,9 @@ pub(crate) fn run(dir: &Path, scope: CheckScope, repairs: bool) -> Result<ExitCo
         store: Some(record.id),
     };
     let mut found = examine(&catalog, expect, scope)?;
-    if !dirs.audit().exists() {
-        found.findings.push(Finding::note("audit log: there is none"));
-    } else if let Err(e) = audit::verify(&dirs.audit()) {
-        // Nothing repairs it: what it says is somebody's to judge.
-        found.findings.push(Finding::damage(format!("audit log: {e}")));
-    }
+    // Nothing repairs it: what it says is somebody's to judge.
+    let audited = examine_audit(&dirs.audit());
+    found.findings.extend(audited.clone());
     if !repairs {
         return Ok(print(found.findings));
     }
@@ -70,16 +67,19 @@ pub(crate) fn run(dir: &Path, scope: CheckScope, repairs: bool) -> Result<ExitCo
     // It may have latched a store.
     let catalog = Catalog::open_copy(&dirs.catalog())?;
     let mut left = examine(&catalog, expect, scope)?.findings;
-    left.extend(
-        found
-            .findings
-            .into_iter()
-            .filter(|finding| finding.text.starts_with("audit log: ")),
-    );
+    left.extend(audited);
     for gone in before.difference(&damages(&left)) {
         println!("repaired: {gone}");
     }
     Ok(print(left))
+}
+
+fn examine_audit(dir: &Path) -> Option<Finding> {
+    if !dir.exists() {
+        return Some(Finding::note("audit log: there is none"));
+    }
+    let broken = audit::verify(dir).err()?;
+    Some(Finding::damage(format!("audit log: {broken}")))
 }
 
 fn damages(findings: &[Finding]) -> BTreeSet<String> {

@@ -9,6 +9,7 @@
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 
 use libvol::catalog::{AttachmentRecord, CustomerRecord, VmRecord, VolumeRecord};
 use libvol::control::{self, Protocol};
@@ -21,7 +22,7 @@ use super::volume::{check_ready, holder};
 use super::{Operations, vm_named, volume_named};
 use crate::data_dir::{check_own, make_dir};
 use crate::process::{own_uid, path_error};
-use crate::shard::DoorSpec;
+use crate::shard::{DoorSpec, Gate};
 
 /// Seconds QEMU holds a guest's requests while vold restarts.
 const QEMU_RECONNECT_SECONDS: u32 = 60;
@@ -273,7 +274,8 @@ impl Operations {
     }
 
     fn over_tls(&self, volume: &VolumePath, attachment: &AttachmentRecord) -> Vec<control::TlsAccess> {
-        let addresses = self.tls_addresses.get().into_iter().flatten();
+        let gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner);
+        let addresses = gate.iter().flat_map(Gate::addresses);
         addresses
             .map(|address| {
                 let host = match address.ip() {
@@ -394,13 +396,34 @@ fn percent_encode(text: &str) -> String {
 
 /// Arguments that give the volume to QEMU. A comma in an option's value is written twice there.
 fn qemu_args(volume: &VolumePath, id: AttachmentId, socket: &str, read_only: bool) -> Vec<String> {
-    let node = format!("vold-{}", &id.0.simple().to_string()[..12]);
     let socket = socket.replace(',', ",,");
+    qemu_disk(
+        volume,
+        id,
+        &format!("server.type=unix,server.path={socket}"),
+        read_only,
+    )
+}
+
+/// The same over TLS; the VM's certificate, its key and the CA's certificate lie in QEMU's own directory.
+fn qemu_tls_args(volume: &VolumePath, attachment: &AttachmentRecord, host: &str, port: u16) -> Vec<String> {
+    let credentials = format!("{}-tls", qemu_node(attachment.id));
+    let server = format!("server.type=inet,server.host={host},server.port={port},tls-creds={credentials}");
+    let mut args = vec![
+        "-object".into(),
+        format!("tls-creds-x509,id={credentials},dir=/etc/pki/qemu,endpoint=client,verify-peer=on"),
+    ];
+    args.extend(qemu_disk(volume, attachment.id, &server, attachment.read_only));
+    args
+}
+
+fn qemu_disk(volume: &VolumePath, id: AttachmentId, server: &str, read_only: bool) -> Vec<String> {
+    let node = qemu_node(id);
     let read_only = if read_only { "on" } else { "off" };
     vec![
         "-blockdev".into(),
         format!(
-            "driver=nbd,node-name={node},server.type=unix,server.path={socket},export={volume},\
+            "driver=nbd,node-name={node},{server},export={volume},\
              reconnect-delay={QEMU_RECONNECT_SECONDS},read-only={read_only},cache.direct=on,discard=unmap"
         ),
         "-device".into(),
@@ -408,21 +431,8 @@ fn qemu_args(volume: &VolumePath, id: AttachmentId, socket: &str, read_only: boo
     ]
 }
 
-/// The same over TLS; the VM's certificate, its key and the CA's certificate lie in QEMU's own directory.
-fn qemu_tls_args(volume: &VolumePath, attachment: &AttachmentRecord, host: &str, port: u16) -> Vec<String> {
-    let node = format!("vold-{}", &attachment.id.0.simple().to_string()[..12]);
-    let read_only = if attachment.read_only { "on" } else { "off" };
-    vec![
-        "-object".into(),
-        format!("tls-creds-x509,id={node}-tls,dir=/etc/pki/qemu,endpoint=client,verify-peer=on"),
-        "-blockdev".into(),
-        format!(
-            "driver=nbd,node-name={node},server.type=inet,server.host={host},server.port={port},tls-creds={node}-tls,\
-             export={volume},reconnect-delay={QEMU_RECONNECT_SECONDS},read-only={read_only},cache.direct=on,discard=unmap"
-        ),
-        "-device".into(),
-        format!("virtio-blk-pci,drive={node},id={node}-disk"),
-    ]
+fn qemu_node(id: AttachmentId) -> String {
+    format!("vold-{}", &id.0.simple().to_string()[..12])
 }
 
 #[cfg(test)]

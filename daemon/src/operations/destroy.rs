@@ -206,11 +206,7 @@ impl Operations {
         let (Some(record), Seat::Open(handle)) = (record, self.seat(store)) else {
             return 0;
         };
-        let extents = self
-            .shards
-            .of_store(store)
-            .call(move |_| async move { handle.extents_of(record.dataset).await })
-            .await;
+        let extents = self.extents_of(&handle, record.dataset).await;
         extents.map_or(0, |extents| extents.len() as u32)
     }
 
@@ -219,12 +215,12 @@ impl Operations {
         let Seat::Open(handle) = self.seat(store) else {
             return None;
         };
-        self.shards
-            .of_store(store)
-            .call(move |_| async move { destroy::reached(&handle, volume).await })
-            .await
-            .inspect_err(|e| tracing::debug!(%volume, %store, "progress not known: {e}"))
-            .ok()
+        self.ask_store(&handle, move |handle| async move {
+            destroy::reached(&handle, volume).await
+        })
+        .await
+        .inspect_err(|e| tracing::debug!(%volume, %store, "progress not known: {e}"))
+        .ok()
     }
 
     /// A store's name; of one that was removed since, the beginning of its id.

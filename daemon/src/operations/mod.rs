@@ -24,15 +24,14 @@ mod vm;
 mod volume;
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use libvol::catalog::{Catalog, CustomerRecord, StoreRecord, Tx, View, VmRecord, VolumeRecord};
-use libvol::ids::{Name, StoreId, VolumeId, VolumePath};
+use libvol::ids::{DatasetId, Name, StoreId, VolumeId, VolumePath};
 use libvol::keys::KeyService;
 use libvol::limits::{RESYNC_BYTES_PER_SECOND_DEFAULT, STORE_ANSWER_MAX};
-use libvol::store::StoreHandle;
+use libvol::store::{ExtentEntry, StoreHandle};
 use libvol::{Error, Result};
 use tokio::sync::OwnedMutexGuard;
 use tokio::task::JoinSet;
@@ -94,8 +93,6 @@ pub(crate) struct Operations {
     resync_bytes_per_second: u64,
     /// NBD over TCP, if it is served.
     gate: Mutex<Option<Gate>>,
-    /// Where that is.
-    tls_addresses: OnceLock<Vec<SocketAddr>>,
     /// Destructions and recoveries under way.
     background: Mutex<JoinSet<()>>,
     started: Instant,
@@ -184,6 +181,18 @@ impl Operations {
         let asked = handle.clone();
         let answer = self.shards.of_store(handle.info().id).call(move |_| work(asked));
         answer_within(STORE_ANSWER_MAX, &handle.info().name, answer).await
+    }
+
+    /// What a store holds of a dataset.
+    ///
+    /// # Errors
+    /// As [`Operations::ask_store`].
+    async fn extents_of(&self, handle: &StoreHandle, dataset: DatasetId) -> Result<Vec<ExtentEntry>> {
+        self.ask_store(
+            handle,
+            move |store| async move { store.extents_of(dataset).await },
+        )
+        .await
     }
 
     /// The open stores of all of a volume's replicas, in its order.
@@ -311,7 +320,7 @@ mod tests {
     use libvol::catalog::Phase;
     use libvol::control::{self, Protocol};
     use libvol::disk::EngineChoice;
-    use libvol::ids::{DatasetId, Epoch};
+    use libvol::ids::Epoch;
     use libvol::keys::LocalKeystore;
 
     use super::*;

@@ -278,10 +278,9 @@ impl Operations {
         let Ok(handle) = self.open_store(store) else {
             return Ok(());
         };
-        let asked = handle.clone();
-        let left = self.shards.of_store(store.id).call(move |_| async move {
-            let mut left = asked.volumes().await?;
-            left.extend(asked.remains().await?);
+        let left = self.ask_store(&handle, |store| async move {
+            let mut left = store.volumes().await?;
+            left.extend(store.remains().await?);
             Ok(left)
         });
         let mut failed = None;

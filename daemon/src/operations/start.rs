@@ -10,7 +10,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use libvol::catalog::{AttachmentRecord, Catalog, DestroyRecord, Leaving, Phase, StoreRecord, VolumeRecord};
@@ -64,7 +64,6 @@ impl Operations {
             scrubber: Scrubber::new(settings.scrub),
             resync_bytes_per_second: settings.resync_bytes_per_second,
             gate: Mutex::default(),
-            tls_addresses: OnceLock::new(),
             background: Mutex::new(JoinSet::new()),
             started: Instant::now(),
         });
@@ -90,17 +89,15 @@ impl Operations {
         tcp: &Tcp,
         engine: EngineChoice,
     ) -> Result<Option<String>> {
-        let addresses = bound.addresses();
-        if addresses.is_empty() {
+        if bound.is_empty() {
             return Ok(None);
         }
         let dir = tcp.tls_dir.as_ref().ok_or_else(|| {
             Error::invalid("sockets for NBD over TCP need TLS: give --tls-dir (or nbd.tls_dir)")
         })?;
         let gate = Gate::open(bound, TlsFiles::load(dir)?, &self.shards, engine).await?;
+        let texts: Vec<String> = gate.addresses().iter().map(ToString::to_string).collect();
         *self.gate.lock().unwrap_or_else(PoisonError::into_inner) = Some(gate);
-        let texts: Vec<String> = addresses.iter().map(ToString::to_string).collect();
-        let _ = self.tls_addresses.set(addresses);
         Ok(Some(texts.join(", ")))
     }
 
@@ -209,18 +206,8 @@ impl Operations {
             if handle.space().dirty == 0 {
                 continue;
             }
-            let dirty = self
-                .shards
-                .of_store(handle.info().id)
-                .call(move |_| async move {
-                    Ok(handle
-                        .extents_of(dataset)
-                        .await?
-                        .iter()
-                        .any(|extent| extent.dirty))
-                })
-                .await?;
-            if dirty {
+            let extents = self.extents_of(&handle, dataset).await?;
+            if extents.iter().any(|extent| extent.dirty) {
                 return Ok(true);
             }
         }

@@ -471,13 +471,7 @@ impl Operations {
         let allocated_bytes = match (&report, first_open) {
             (Some(report), Some((_, extent_bytes))) => report.stats.allocated_extents * extent_bytes,
             (None, Some((handle, extent_bytes))) if record.phase == Phase::Ready => {
-                let dataset = record.dataset;
-                let extents = self
-                    .ask_store(
-                        &handle,
-                        move |store| async move { store.extents_of(dataset).await },
-                    )
-                    .await?;
+                let extents = self.extents_of(&handle, record.dataset).await?;
                 extents.len() as u64 * extent_bytes
             }
             _ => 0,

@@ -48,8 +48,12 @@ impl Bound {
         self.listeners.extend(listeners);
     }
 
-    /// Where it listens.
-    pub(crate) fn addresses(&self) -> Vec<SocketAddr> {
+    /// Whether there is no address.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.listeners.is_empty()
+    }
+
+    fn addresses(&self) -> Vec<SocketAddr> {
         let addresses = self.listeners.iter().map(TcpListener::local_addr);
         addresses.filter_map(std::result::Result::ok).collect()
     }
@@ -58,6 +62,7 @@ impl Bound {
 /// See the module's text. Ends with the value.
 pub(crate) struct Gate {
     shard: Shard,
+    addresses: Vec<SocketAddr>,
     stopping: tokio::sync::watch::Sender<bool>,
 }
 
@@ -81,6 +86,7 @@ impl Gate {
         engine: EngineChoice,
     ) -> Result<Self> {
         let (shard, _, _) = Shard::start(shards.count(), engine)?;
+        let addresses = bound.addresses();
         let (stopping, mut stopped) = tokio::sync::watch::channel(false);
         let switchboard = shards.switchboard();
         shard
@@ -109,7 +115,16 @@ impl Gate {
                 Ok(())
             })
             .await?;
-        Ok(Self { shard, stopping })
+        Ok(Self {
+            shard,
+            addresses,
+            stopping,
+        })
+    }
+
+    /// Where it listens.
+    pub(crate) fn addresses(&self) -> &[SocketAddr] {
+        &self.addresses
     }
 
     /// Accepts nobody any more. Connections that have not named a volume end with the thread.

@@ -198,7 +198,8 @@ impl End {
             .write(true)
             .open(path)
             .map_err(cannot)?;
-        let (mut bytes, mut last, mut seq) = (0, None, number_of(path).unwrap_or(1));
+        let (mut bytes, mut seq) = (0, number_of(path).unwrap_or(1));
+        let mut last: Option<Vec<u8>> = None;
         let mut reader = BufReader::new(&mut file);
         let mut line = Vec::new();
         loop {
@@ -209,13 +210,15 @@ impl End {
             }
             bytes += read as u64;
             seq += 1;
-            if let Ok(entry) = serde_json::from_slice::<AuditEntry>(&line) {
-                seq = entry.seq + 1;
-            }
-            last = Some(sha256(&line));
+            last = Some(std::mem::take(&mut line));
         }
         let last = match last {
-            Some(last) => last,
+            Some(last) => {
+                if let Ok(entry) = serde_json::from_slice::<AuditEntry>(&last) {
+                    seq = entry.seq + 1;
+                }
+                sha256(&last)
+            }
             None => last_line_before(path)?,
         };
         let torn = file.metadata().map_err(cannot)?.len() > bytes;

@@ -24,10 +24,7 @@ impl Listener {
     /// When it cannot be made non-blocking.
     pub fn unix(listener: UnixListener) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        Ok(Self {
-            driver: runtime(),
-            socket: Rc::new(OwnedFd::from(listener)),
-        })
+        Ok(Self::over(listener.into()))
     }
 
     /// Takes over a bound, listening TCP socket.
@@ -36,10 +33,14 @@ impl Listener {
     /// When it cannot be made non-blocking.
     pub fn tcp(listener: TcpListener) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        Ok(Self {
+        Ok(Self::over(listener.into()))
+    }
+
+    fn over(socket: OwnedFd) -> Self {
+        Self {
             driver: runtime(),
-            socket: Rc::new(OwnedFd::from(listener)),
-        })
+            socket: Rc::new(socket),
+        }
     }
 
     /// The next connection.

@@ -406,11 +406,7 @@ pub(in crate::nbd) fn encode(
     len: u32,
 ) -> [u8; COMPACT_BYTES] {
     super::Writer::new()
-        .put(MAGIC.to_be_bytes())
-        .put(flags.to_be_bytes())
-        .put(command.to_be_bytes())
-        .put(cookie.to_be_bytes())
-        .put(offset.to_be_bytes())
+        .put(encode_start(MAGIC, flags, command, cookie, offset))
         .put(len.to_be_bytes())
         .done()
 }
@@ -425,12 +421,20 @@ pub(in crate::nbd) fn encode_extended(
     len: u64,
 ) -> [u8; EXTENDED_BYTES] {
     super::Writer::new()
-        .put(EXTENDED_MAGIC.to_be_bytes())
+        .put(encode_start(EXTENDED_MAGIC, flags, command, cookie, offset))
+        .put(len.to_be_bytes())
+        .done()
+}
+
+/// What both have in front of the length.
+#[cfg(test)]
+fn encode_start(magic: u32, flags: u16, command: u16, cookie: u64, offset: u64) -> [u8; 24] {
+    super::Writer::new()
+        .put(magic.to_be_bytes())
         .put(flags.to_be_bytes())
         .put(command.to_be_bytes())
         .put(cookie.to_be_bytes())
         .put(offset.to_be_bytes())
-        .put(len.to_be_bytes())
         .done()
 }
 

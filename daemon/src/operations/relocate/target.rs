@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use libvol::catalog::{Leaving, StoreRecord, VolumeRecord};
-use libvol::ids::{DatasetId, Name, StoreId};
+use libvol::ids::{Name, StoreId};
 use libvol::store::{self, Member, StoreHandle};
 use libvol::{Error, Result};
 
@@ -65,24 +65,15 @@ impl Operations {
 
     /// Extents that a replica in sync of the volume holds.
     async fn extents_held(&self, volume: &VolumeRecord) -> u64 {
-        let dataset = volume.dataset;
         for (replica, handle) in self.stores_at_hand(volume) {
             if replica.state != Member::InSync {
                 continue;
             }
-            if let Ok(extents) = self.count_on(&handle, dataset).await {
-                return extents;
+            if let Ok(extents) = self.extents_of(&handle, volume.dataset).await {
+                return extents.len() as u64;
             }
         }
         0
-    }
-
-    async fn count_on(&self, handle: &StoreHandle, dataset: DatasetId) -> Result<u64> {
-        let extents = self.ask_store(
-            handle,
-            move |store| async move { store.extents_of(dataset).await },
-        );
-        Ok(extents.await?.len() as u64)
     }
 
     /// Bytes that replicas which are not in sync will still take of a store, beyond what they have there.
@@ -93,7 +84,7 @@ impl Operations {
                 .held()
                 .any(|(_, replica)| replica.store == store && replica.state != Member::InSync);
             if let (true, Seat::Open(handle)) = (coming, self.seat(store)) {
-                let has = self.count_on(&handle, volume.dataset).await?;
+                let has = self.extents_of(&handle, volume.dataset).await?.len() as u64;
                 promised += self.extents_held(&volume).await.saturating_sub(has) * extent_bytes;
             }
         }
