@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 # (tests/src/tools.rs has those of the tests again, for its messages; a test holds the two together).
 needed=(
     gcc:gcc make:make pkg-config:pkg-config
-    fio:fio nbdinfo:libnbd-bin nbdcopy:libnbd-bin
+    fio:fio nbdinfo:libnbd-bin nbdcopy:libnbd-bin nbdkit:nbdkit
     qemu-img:qemu-utils qemu-io:qemu-utils qemu-storage-daemon:qemu-utils
     mke2fs:e2fsprogs e2fsck:e2fsprogs
     losetup:mount mount:mount umount:mount setpriv:util-linux prlimit:util-linux cmp:diffutils jq:jq getconf:libc-bin

@@ -6,6 +6,7 @@
 //! | [`vold`] | a daemon under test: start, kill, restart, stop, check, and `volctl` against it |
 //! | [`tools`] | external programs; a missing one fails with the command that installs it |
 //! | [`nbd`] | a small NBD client that knows which writes were acknowledged and which were flushed |
+//! | [`nbdkit`] | nbdkit's plugins and filters as an oracle |
 //! | [`raw`] | reads a raw store by docs/FORMAT.md alone, with another XTS |
 //! | [`content`] | seeded bytes to write and to find again |
 //! | [`devices`] | loop devices, mounted file systems |
@@ -17,6 +18,7 @@
 pub mod content;
 pub mod devices;
 pub mod nbd;
+pub mod nbdkit;
 pub mod raw;
 pub mod sim;
 pub mod tools;
