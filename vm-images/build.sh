@@ -233,7 +233,7 @@ default vold
 label vold
   linux /kernel
   initrd /initramfs.gz
-  append console=ttyS0,115200 loglevel=4 panic=-1 vold.test=booted
+  append console=ttyS0,115200 loglevel=4 panic=-1 no_timer_check vold.test=booted
 CFG
     truncate --size=64M "$fat"
     unpacked mkfs.fat -F 32 -i 564f4c44 -n BOOT --invariant -h 2048 "$fat" >/dev/null

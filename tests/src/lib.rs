@@ -10,6 +10,7 @@
 //! | [`raw`] | reads a raw store by docs/FORMAT.md alone, with another XTS |
 //! | [`content`] | seeded bytes to write and to find again |
 //! | [`devices`] | loop devices, mounted file systems |
+//! | [`guest`] | virtual machines whose kernel uses a volume: QEMU, its console, QMP |
 //! | [`sim`] | the engine's real code over simulated disks: power cuts, damage, an oracle |
 //!
 //! Suites are in `tests/`, one property a file. Nothing here waits for a time: it waits for conditions, with a generous
@@ -17,6 +18,7 @@
 
 pub mod content;
 pub mod devices;
+pub mod guest;
 pub mod nbd;
 pub mod nbdkit;
 pub mod raw;

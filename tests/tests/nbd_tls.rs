@@ -276,6 +276,34 @@ fn nothing_is_told_or_done_before_tls() {
 }
 
 #[test]
+fn tls_1_2_is_taken_only_where_the_operator_allows_it() {
+    let mut tls = Tls::start();
+    // libnbd's own setting of what it speaks, by way of GnuTLS's configuration.
+    let old = tls.vold.path("gnutls.conf");
+    std::fs::write(&old, "[priorities]\nLIBNBD=NORMAL:-VERS-ALL:+VERS-TLS1.2\n").unwrap();
+    let opens = |tls: &Tls, settings: &Path| {
+        let uri = tls.uri(&tls.certificate("acme", "vm1"), "acme/vol");
+        let mut nbdinfo = tool("nbdinfo");
+        nbdinfo.env("GNUTLS_SYSTEM_PRIORITY_FILE", settings);
+        output(nbdinfo.args(["--size", &uri])).status.success()
+    };
+    assert!(!opens(&tls, &old));
+    assert!(opens(&tls, Path::new("/dev/null")));
+    tls.vold.stop();
+    let mut command = tls.vold.serve_command();
+    command.arg("--tls-dir").arg(tls.vold.path("pki"));
+    command.args(["--tls-1-2", "--listen", &format!("127.0.0.1:{}", tls.port)]);
+    tls.vold.restart_with(command);
+    assert!(opens(&tls, &old));
+    assert!(opens(&tls, Path::new("/dev/null")));
+    // Nor is a wrong certificate good enough there.
+    let foreign = tls.uri(&tls.certificate("globex", "vm2"), "acme/vol");
+    let mut nbdinfo = tool("nbdinfo");
+    nbdinfo.env("GNUTLS_SYSTEM_PRIORITY_FILE", &old);
+    assert!(!output(nbdinfo.args(["--size", &foreign])).status.success());
+}
+
+#[test]
 fn a_listening_address_without_certificates_or_an_odd_one_is_refused_with_the_reason() {
     let vold = Vold::not_started(None);
     let refused = |args: &[&str]| {
