@@ -75,8 +75,7 @@ impl Operations {
     /// As [`store::open`]; `Refused` when the catalog is older than the store.
     pub(super) async fn open_known(&self, id: StoreId, file: DiskFile) -> Result<StoreHandle> {
         let handle = self.open_file(id, file, |found| self.judge(id, &found)).await?;
-        let confirmed =
-            self.change(|tx| tx.confirm_store(id, handle.incarnation(), handle.committed_lsn()));
+        let confirmed = self.change(|tx| tx.confirm_store(id, handle.incarnation(), handle.committed_lsn()));
         if let Err(e) = confirmed {
             self.close_store(&handle).await;
             return Err(e);

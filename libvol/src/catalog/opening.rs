@@ -120,7 +120,8 @@ impl View<'_> {
     /// The catalog's own.
     pub fn is_gone_from(&self, volume: VolumeId, store: StoreId) -> Result<bool> {
         let destruction = self.get::<DestroyRecord>(volume)?;
-        let done = destruction.is_some_and(|job| job.stores.iter().any(|part| part.store == store && part.done));
+        let done =
+            destruction.is_some_and(|job| job.stores.iter().any(|part| part.store == store && part.done));
         let gone = done || self.get::<Tombstone>(volume)?.is_some();
         Ok(gone && !broken(Rule::DestroyAgain))
     }
