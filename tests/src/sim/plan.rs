@@ -310,20 +310,21 @@ impl Round {
             .cut_apart(&mut rng, faults)
     }
 
-    /// In a quarter of the rounds without another trouble, an old copy.
+    /// In a quarter of the rounds an old copy, and no other trouble.
     fn with_old_copy(mut self, rng: &mut Rng, plan: &Plan) -> Self {
         let (old, away) = (rng.one_in(4), [None, Some(rng.below(60))][rng.below(2) as usize]);
-        if plan.lineage && old && !self.is_last && self.trouble == Trouble::None {
+        if plan.lineage && old && !self.is_last && !self.is_frugal {
             self.trouble = Trouble::Old(away);
         }
         self
     }
 
-    /// Three of four rounds of a calm history are calm, and cut soon.
+    /// Three of four rounds of a calm history are calm, and cut soon; nothing else goes wrong in them.
     fn calmed(mut self, rng: &mut Rng, plan: &Plan) -> Self {
         let (calm, calls) = (!rng.one_in(4), 1 + rng.below(40));
-        if plan.calm && calm && !self.is_last && self.trouble == Trouble::None {
-            self.is_calm = true;
+        if plan.calm && calm && !self.is_last && !matches!(self.trouble, Trouble::Old(_)) {
+            (self.is_calm, self.is_frugal, self.churns) = (true, false, false);
+            self.trouble = Trouble::None;
             self.cut = Cut::AfterRecovery(calls);
             self.cut_at_change = None;
         }
