@@ -323,7 +323,9 @@ impl World {
     fn choose_bad(&mut self, round: &Round) -> Option<Media> {
         let mut records = self.catalog.records();
         let settled = |entry: &Entry| entry.phase == Phase::Ready && entry.is_whole();
-        self.troubled &= !(records.faults.is_empty() && records.live.values().all(settled));
+        let is_over = records.faults.is_empty() && records.live.values().all(settled);
+        // The catalog has not heard of an old copy that nobody has opened.
+        self.troubled &= !is_over || records.returned_old.is_some();
         if !self.troubled && self.damages.is_empty() {
             let mut rng = stream(self.seed, "bad", &[u64::from(round.number)]);
             self.bad = rng.below(self.stores.len() as u64) as usize;
