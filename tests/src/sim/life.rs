@@ -217,6 +217,12 @@ impl Running {
         }
     }
 
+    /// Whether a disk is an old copy on which not everything that is gone could be destroyed again.
+    fn is_still_old(&self, disk: usize) -> bool {
+        let is_old = self.life.catalog.records().returned_old == Some(disk);
+        is_old && !self.life.counters.is_opened(disk)
+    }
+
     /// Whether a disk that was an old copy may not know the volume: a copy of all of it is still to come.
     pub(super) fn lacks(&self, disk: usize, entry: &Entry) -> bool {
         let was_old = self.life.catalog.records().ever_old.contains(&disk);
@@ -235,6 +241,9 @@ impl Running {
         let ever_old = self.life.catalog.records().ever_old.clone();
         for disk in 0..self.seats.len() {
             let Some(open) = self.seat(disk) else { continue };
+            if self.is_still_old(disk) {
+                continue;
+            }
             match open.handle.volumes().await {
                 Ok(volumes) => volumes.iter().for_each(|volume| {
                     assert!(
@@ -258,7 +267,7 @@ impl Running {
             }
         }
         for entry in gone {
-            for disk in &entry.replicas {
+            for disk in entry.replicas.iter().filter(|disk| !self.is_still_old(**disk)) {
                 let Some(open) = self.seat(*disk) else { continue };
                 match open.handle.volume(entry.id()).await {
                     Ok(VolumeState::Tombstoned { extents_left: 0, .. } | VolumeState::Unknown) => {}

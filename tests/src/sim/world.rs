@@ -82,6 +82,11 @@ impl Counters {
     pub fn opened(&self, disk: usize) {
         self.opened.borrow_mut().insert(disk);
     }
+
+    /// Whether it was.
+    pub fn is_opened(&self, disk: usize) -> bool {
+        self.opened.borrow().contains(&disk)
+    }
 }
 
 /// What one seed's history consists of.
@@ -367,8 +372,8 @@ impl World {
     /// What a life has opened is no old copy any more: the catalog knows what it is worth.
     fn settle_old(&mut self, counters: &Counters) {
         let mut records = self.catalog.records();
-        let opened = counters.opened.borrow();
-        records.returned_old = records.returned_old.filter(|disk| !opened.contains(disk));
+        let old = records.returned_old.filter(|disk| !counters.is_opened(*disk));
+        records.returned_old = old;
         self.old_copies = records.returns;
     }
 
