@@ -8,9 +8,11 @@ cd "$(dirname "$0")/.."
 # (tests/src/tools.rs has those of the tests again, for its messages; a test holds the two together).
 needed=(
     gcc:gcc make:make pkg-config:pkg-config
-    fio:fio nbdinfo:libnbd-bin nbdcopy:libnbd-bin
+    fio:fio nbdinfo:libnbd-bin nbdcopy:libnbd-bin nbdkit:nbdkit
     qemu-img:qemu-utils qemu-io:qemu-utils qemu-storage-daemon:qemu-utils
-    mke2fs:e2fsprogs e2fsck:e2fsprogs
+    mke2fs:e2fsprogs e2fsck:e2fsprogs resize2fs:e2fsprogs blkid:util-linux
+    # Virtual machines, and what vm-images/build.sh makes them of (the kernel itself it fetches, and does not install).
+    qemu-system-x86_64:qemu-system-x86 busybox:busybox-static nbd-client:nbd-client tar:tar dpkg-deb:dpkg xz:xz-utils
     losetup:mount mount:mount umount:mount setpriv:util-linux prlimit:util-linux cmp:diffutils jq:jq getconf:libc-bin
 )
 
@@ -66,9 +68,9 @@ else
     fail "run as root, or install sudo: apt-get install ${missing_packages[*]}"
 fi
 
-# Where another part of QEMU came from backports, Debian's own qemu-utils does not fit it: versions must be equal.
+# Where another part of QEMU came from backports, Debian's own does not fit it: versions must be equal.
 from_suite=()
-if [[ " ${missing_packages[*]} " == *" qemu-utils "* ]]; then
+if [[ " ${missing_packages[*]} " == *" qemu-"* ]]; then
     backport=$(dpkg-query --show --showformat '${Version}\n' 'qemu-*' 2>/dev/null | grep -m1 -o 'bpo[0-9]*' || true)
     if [ -n "$backport" ]; then
         suite=$(. /etc/os-release && echo "$VERSION_CODENAME-backports")
@@ -84,7 +86,13 @@ fi
 export DEBIAN_FRONTEND=noninteractive
 # A third party's list that cannot be fetched must not stop an installation from the distribution's.
 "${as_root[@]}" apt-get update -qq || say "some package lists could not be updated; going on with what is there"
-"${as_root[@]}" apt-get install -y -qq --no-install-recommends "${from_suite[@]}" "${missing_packages[@]}"
+qemu=() others=()
+for package in "${missing_packages[@]}"; do
+    if [[ $package == qemu-* ]]; then qemu+=("$package"); else others+=("$package"); fi
+done
+install=("${as_root[@]}" apt-get install -y -qq --no-install-recommends)
+[ ${#qemu[@]} -eq 0 ] || "${install[@]}" "${from_suite[@]}" "${qemu[@]}"
+[ ${#others[@]} -eq 0 ] || "${install[@]}" "${others[@]}"
 
 find_missing
 [ ${#missing_commands[@]} -eq 0 ] || fail "still missing after the installation: ${missing_commands[*]}"

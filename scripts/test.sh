@@ -26,6 +26,10 @@ cargo fmt --all -- --check
 part "lints (cargo clippy, warnings are errors)"
 cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
 
+part "virtual machines for the tests, from distribution packages (vm-images/build.sh)"
+vm-images/build.sh guest
+[ "$1" = quick ] || vm-images/build.sh disk
+
 # Unit, property and end-to-end tests in one go: the scheduler fills both cores. End-to-end tests start real daemons and
 # clients, two at a time.
 if cargo nextest --version >/dev/null 2>&1; then

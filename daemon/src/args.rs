@@ -60,6 +60,9 @@ pub(crate) struct Tcp {
     /// Directory of ca-cert.pem, server-cert.pem, server-key.pem and, if certificates were revoked, ca-crl.pem.
     #[arg(long, value_name = "DIR")]
     pub(crate) tls_dir: Option<PathBuf>,
+    /// Take TLS 1.2 as well as 1.3, for nbd-client, which knows no other; its certificate is then readable on the way.
+    #[arg(long)]
+    pub(crate) tls_1_2: bool,
 }
 
 /// `vold check`.

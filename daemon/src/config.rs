@@ -63,6 +63,8 @@ struct Nbd {
     #[serde(default)]
     listen: Vec<String>,
     tls_dir: Option<PathBuf>,
+    #[serde(default)]
+    tls_1_2: bool,
 }
 
 /// NBD over TCP, under TLS.
@@ -72,6 +74,8 @@ pub(crate) struct Tcp {
     pub(crate) listen: Vec<SocketAddr>,
     /// Where certificates and keys are.
     pub(crate) tls_dir: Option<PathBuf>,
+    /// Whether TLS 1.2 is taken as well as 1.3.
+    pub(crate) tls_1_2: bool,
 }
 
 impl Tcp {
@@ -83,6 +87,7 @@ impl Tcp {
         let tcp = Self {
             listen: listen.iter().map(|text| address(text)).collect::<Result<_>>()?,
             tls_dir: args.tls_dir.clone().or(file.tls_dir),
+            tls_1_2: args.tls_1_2 || file.tls_1_2,
         };
         if tcp.tls_dir.is_none() && !tcp.listen.is_empty() {
             return Err(Error::invalid(
@@ -272,7 +277,7 @@ mod tests {
         assert_eq!(parse(path, "").unwrap(), File::default());
         let all = "io_engine = \"threads\"\nshards = 3\nlog = \"debug\"\n\
             [scrub]\npass_days = 7\nbytes_per_second = 5000000\n[resync]\nbytes_per_second = 9000000\n\
-            [nbd]\nlisten = [\"[::]:10809\"]\ntls_dir = \"/etc/vold/tls\"\n";
+            [nbd]\nlisten = [\"[::]:10809\"]\ntls_dir = \"/etc/vold/tls\"\ntls_1_2 = true\n";
         let file = parse(path, all).unwrap();
         assert_eq!(file.io_engine, Some(IoEngine::Threads));
         assert_eq!((file.shards, file.log.as_deref()), (Some(3), Some("debug")));
@@ -283,8 +288,8 @@ mod tests {
         assert_eq!(file.scrub.settings(), scrub);
         assert_eq!(file.resync.bytes_per_second, Some(9_000_000));
         assert_eq!(
-            (file.nbd.listen.len(), file.nbd.tls_dir.clone()),
-            (1, Some("/etc/vold/tls".into()))
+            (file.nbd.listen.len(), file.nbd.tls_dir.clone(), file.nbd.tls_1_2),
+            (1, Some("/etc/vold/tls".into()), true)
         );
         assert!(refusal("[resync]\nbytes_per_second = 1\n").contains("4096 or more"));
         let written: toml::Table = toml::from_str(all).unwrap();

@@ -68,7 +68,8 @@ async fn serve(args: &Serve, config: &Config) -> Result<()> {
         .listen(bound, &config.tcp, config.io_engine.into())
         .await?
     {
-        tracing::info!("nbd: over TLS on {addresses}");
+        let versions = if config.tcp.tls_1_2 { "1.2 and 1.3" } else { "1.3" };
+        tracing::info!("nbd: over TLS {versions} on {addresses}");
     }
     announce(&format!(
         "vold {} ready: api {}, {} stores, engine {}",

@@ -6,9 +6,11 @@
 //! | [`vold`] | a daemon under test: start, kill, restart, stop, check, and `volctl` against it |
 //! | [`tools`] | external programs; a missing one fails with the command that installs it |
 //! | [`nbd`] | a small NBD client that knows which writes were acknowledged and which were flushed |
+//! | [`nbdkit`] | nbdkit's plugins and filters as an oracle |
 //! | [`raw`] | reads a raw store by docs/FORMAT.md alone, with another XTS |
 //! | [`content`] | seeded bytes to write and to find again |
 //! | [`devices`] | loop devices, mounted file systems |
+//! | [`guest`] | virtual machines whose kernel uses a volume: QEMU, its console, QMP |
 //! | [`sim`] | the engine's real code over simulated disks: power cuts, damage, an oracle |
 //!
 //! Suites are in `tests/`, one property a file. Nothing here waits for a time: it waits for conditions, with a generous
@@ -16,7 +18,9 @@
 
 pub mod content;
 pub mod devices;
+pub mod guest;
 pub mod nbd;
+pub mod nbdkit;
 pub mod raw;
 pub mod sim;
 pub mod tools;

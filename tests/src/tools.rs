@@ -6,14 +6,21 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 /// Debian packages of the programs that the suites call.
-const PACKAGES: [(&str, &str); 15] = [
+const PACKAGES: [(&str, &str); 23] = [
     ("fio", "fio"),
     ("nbdinfo", "libnbd-bin"),
     ("nbdcopy", "libnbd-bin"),
+    ("nbdkit", "nbdkit"),
     ("qemu-img", "qemu-utils"),
     ("qemu-io", "qemu-utils"),
     ("qemu-storage-daemon", "qemu-utils"),
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("busybox", "busybox-static"),
+    ("nbd-client", "nbd-client"),
+    ("tar", "tar"),
     ("mke2fs", "e2fsprogs"),
+    ("resize2fs", "e2fsprogs"),
+    ("blkid", "util-linux"),
     ("e2fsck", "e2fsprogs"),
     ("losetup", "mount"),
     ("mount", "mount"),
@@ -22,6 +29,7 @@ const PACKAGES: [(&str, &str); 15] = [
     ("prlimit", "util-linux"),
     ("cmp", "diffutils"),
     ("getconf", "libc-bin"),
+    ("dpkg-deb", "dpkg"),
 ];
 
 /// A command for an external program.

@@ -275,6 +275,41 @@ fn nothing_is_told_or_done_before_tls() {
     Client::connect(&uri).read(0, 512).unwrap();
 }
 
+/// nbd-client of nbd 3.24 speaks TLS 1.2 and no other.
+#[test]
+fn tls_1_2_is_taken_only_where_the_operator_allows_it() {
+    let mut tls = Tls::start();
+    let lists = |tls: &Tls, customer: &str, vm: &str| {
+        let files = tls.certificate(customer, vm);
+        let mut client = tool("nbd-client");
+        client
+            .args(["-l", "localhost", &tls.port.to_string(), "-x"])
+            .args(["-tlshostname", "localhost"]);
+        for (option, file) in [
+            ("-certfile", "client-cert.pem"),
+            ("-keyfile", "client-key.pem"),
+            ("-cacertfile", "ca-cert.pem"),
+        ] {
+            client.arg(option).arg(files.join(file));
+        }
+        let listed = output(&mut client);
+        let said = String::from_utf8_lossy(&listed.stdout).into_owned();
+        listed.status.success().then_some(said)
+    };
+    assert_eq!(lists(&tls, "acme", "vm1"), None);
+    tls.vold.stop();
+    let mut command = tls.vold.serve_command();
+    command.arg("--tls-dir").arg(tls.vold.path("pki"));
+    command.args(["--tls-1-2", "--listen", &format!("127.0.0.1:{}", tls.port)]);
+    tls.vold.restart_with(command);
+    let said = lists(&tls, "acme", "vm1").expect("it is let in");
+    assert!(said.contains("acme/vol") && !said.contains("globex"), "{said}");
+    let said = lists(&tls, "globex", "vm2").expect("it is let in");
+    assert!(said.contains("globex/vol") && !said.contains("acme"), "{said}");
+    // And TLS 1.3, as before.
+    tls.opens(&tls.certificate("acme", "vm1"), "acme/vol").unwrap();
+}
+
 #[test]
 fn a_listening_address_without_certificates_or_an_odd_one_is_refused_with_the_reason() {
     let vold = Vold::not_started(None);

@@ -417,15 +417,20 @@ fn qemu_tls_args(volume: &VolumePath, attachment: &AttachmentRecord, host: &str,
     args
 }
 
+/// The node above the connection lets a running machine see that the volume has grown: QEMU learns a size only when it
+/// connects, and this node can be given another connection (docs/OPERATIONS.md, Resize).
 fn qemu_disk(volume: &VolumePath, id: AttachmentId, server: &str, read_only: bool) -> Vec<String> {
     let node = qemu_node(id);
     let read_only = if read_only { "on" } else { "off" };
+    let common = format!("read-only={read_only},cache.direct=on,discard=unmap");
     vec![
         "-blockdev".into(),
         format!(
-            "driver=nbd,node-name={node},{server},export={volume},\
-             reconnect-delay={QEMU_RECONNECT_SECONDS},read-only={read_only},cache.direct=on,discard=unmap"
+            "driver=nbd,node-name={node}-nbd,{server},export={volume},\
+             reconnect-delay={QEMU_RECONNECT_SECONDS},{common}"
         ),
+        "-blockdev".into(),
+        format!("driver=raw,node-name={node},file={node}-nbd,{common}"),
         "-device".into(),
         format!("virtio-blk-pci,drive={node},id={node}-disk"),
     ]
@@ -453,14 +458,18 @@ mod tests {
             "{args:?}"
         );
         assert!(args[1].contains("read-only=on"), "{args:?}");
-        let node = args[1]
-            .split("node-name=")
-            .nth(1)
-            .unwrap()
-            .split(',')
-            .next()
-            .unwrap();
-        assert!(args[3].contains(&format!("drive={node},")), "{args:?}");
+        let node = |arg: &str| {
+            let name = arg.split("node-name=").nth(1).unwrap().split(',').next();
+            name.unwrap().to_owned()
+        };
+        assert!(
+            args[3].contains(&format!("file={},read-only=on", node(&args[1]))),
+            "{args:?}"
+        );
+        assert!(
+            args[5].contains(&format!("drive={},", node(&args[3]))),
+            "{args:?}"
+        );
     }
 
     #[test]

@@ -27,7 +27,7 @@ use super::volume::holder;
 use super::{Audit, Operations, Seat, Settings};
 use crate::config::Tcp;
 use crate::data_dir::DataDir;
-use crate::shard::{Bound, Gate, Shards, TlsFiles};
+use crate::shard::{Bound, Gate, Shards, TlsFiles, Versions};
 
 /// How often open stores are asked for faults. They tell by themselves; this is for a record that could not be made.
 const FAULT_POLL: Duration = Duration::from_millis(250);
@@ -95,7 +95,13 @@ impl Operations {
         let dir = tcp.tls_dir.as_ref().ok_or_else(|| {
             Error::invalid("sockets for NBD over TCP need TLS: give --tls-dir (or nbd.tls_dir)")
         })?;
-        let gate = Gate::open(bound, TlsFiles::load(dir)?, &self.shards, engine).await?;
+        let gate = Gate::open(
+            bound,
+            TlsFiles::load(dir, Versions::of(tcp.tls_1_2))?,
+            &self.shards,
+            engine,
+        )
+        .await?;
         let texts: Vec<String> = gate.addresses().iter().map(ToString::to_string).collect();
         *self.gate.lock().unwrap_or_else(PoisonError::into_inner) = Some(gate);
         Ok(Some(texts.join(", ")))

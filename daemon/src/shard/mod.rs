@@ -16,7 +16,7 @@ pub(crate) use door::DoorSpec;
 pub(crate) use gate::{Bound, Gate};
 pub(crate) use registry::{Mended, OpenReplica, OpenSpec, Registry, Report};
 pub(crate) use switchboard::Switchboard;
-pub(crate) use tls::TlsFiles;
+pub(crate) use tls::{TlsFiles, Versions};
 
 use std::cell::RefCell;
 use std::future::Future;

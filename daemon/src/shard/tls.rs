@@ -1,4 +1,4 @@
-//! TLS of the NBD port: TLS 1.3 with a client certificate that names customer and VM.
+//! TLS of the NBD port: TLS 1.3, or 1.2 where the operator allows it, with a client certificate that names customer and VM.
 //!
 //! Files as QEMU's `tls-creds-x509` has them, in one directory: `ca-cert.pem`, `server-cert.pem`, `server-key.pem`, and
 //! `ca-crl.pem` if certificates were revoked. They are looked at again when one of them has changed, so that a revocation or
@@ -13,12 +13,11 @@ use std::time::SystemTime;
 
 use libvol::tenant::VmIdentity;
 use libvol::{Error, Kind, Result};
-use rustls::RootCertStore;
-use rustls::ServerConfig;
 use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
+use rustls::{RootCertStore, ServerConfig, SupportedProtocolVersion};
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
@@ -27,9 +26,36 @@ const CERTIFICATE: &str = "server-cert.pem";
 const KEY: &str = "server-key.pem";
 const REVOKED: &str = "ca-crl.pem";
 
+/// Versions of TLS that are spoken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Versions {
+    /// 1.3 alone.
+    Tls13,
+    /// 1.3, and 1.2 with clients that know no better (nbd-client of nbd 3.24). Forward secrecy and authenticated ciphers all the
+    /// same; but the client's certificate, and so the names of customer and VM, can be read by who listens on the way.
+    Tls12And13,
+}
+
+impl Versions {
+    /// As configured.
+    pub(crate) fn of(tls_1_2: bool) -> Self {
+        if tls_1_2 { Self::Tls12And13 } else { Self::Tls13 }
+    }
+
+    fn supported(self) -> &'static [&'static SupportedProtocolVersion] {
+        static TLS13: [&SupportedProtocolVersion; 1] = [&rustls::version::TLS13];
+        static BOTH: [&SupportedProtocolVersion; 2] = [&rustls::version::TLS13, &rustls::version::TLS12];
+        match self {
+            Self::Tls13 => &TLS13,
+            Self::Tls12And13 => &BOTH,
+        }
+    }
+}
+
 /// The directory, and what was last read from it.
 pub(crate) struct TlsFiles {
     dir: PathBuf,
+    versions: Versions,
     seen: Vec<Option<(SystemTime, u64)>>,
     config: Arc<ServerConfig>,
 }
@@ -39,11 +65,12 @@ impl TlsFiles {
     ///
     /// # Errors
     /// `Invalid` with the file and what is wrong with it.
-    pub(crate) fn load(dir: &Path) -> Result<Self> {
+    pub(crate) fn load(dir: &Path, versions: Versions) -> Result<Self> {
         Ok(Self {
             dir: dir.to_owned(),
+            versions,
             seen: look(dir),
-            config: read(dir)?,
+            config: read(dir, versions)?,
         })
     }
 
@@ -54,7 +81,7 @@ impl TlsFiles {
     pub(crate) fn current(&mut self) -> Result<Arc<ServerConfig>> {
         let now = look(&self.dir);
         if now != self.seen {
-            self.config = read(&self.dir)?;
+            self.config = read(&self.dir, self.versions)?;
             self.seen = now;
             tracing::info!(dir = %self.dir.display(), "TLS: certificates read anew");
         }
@@ -73,7 +100,7 @@ fn look(dir: &Path) -> Vec<Option<(SystemTime, u64)>> {
         .collect()
 }
 
-fn read(dir: &Path) -> Result<Arc<ServerConfig>> {
+fn read(dir: &Path, versions: Versions) -> Result<Arc<ServerConfig>> {
     let invalid = |name: &str, what: &dyn std::fmt::Display| {
         Error::new(
             Kind::Invalid,
@@ -99,7 +126,7 @@ fn read(dir: &Path) -> Result<Arc<ServerConfig>> {
     }
     let verifier = verifier.build().map_err(|e| invalid(CA, &e))?;
     let mut config = ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])
+        .with_protocol_versions(versions.supported())
         .map_err(|e| invalid(CERTIFICATE, &e))?
         .with_client_cert_verifier(verifier)
         .with_single_cert(chain, key)
@@ -107,6 +134,8 @@ fn read(dir: &Path) -> Result<Arc<ServerConfig>> {
     // Every session proves its certificate anew: none is resumed over a revocation, and no early data is taken.
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
+    // Of TLS 1.2: keys are bound to the whole handshake (RFC 7627). (Its tickets are off unless a ticketer is given.)
+    config.require_ems = true;
     Ok(Arc::new(config))
 }
 

@@ -1,0 +1,329 @@
+//! What happens to a guest's disk while the guest uses it: it grows, is unplugged, loses its machine, its daemon or a
+//! replica, and is booted from. All over QEMU's NBD driver.
+
+use serde_json::{Value, json};
+use vold_tests::guest::{Guest, Machine, image};
+use vold_tests::tools::{run, succeed, tool};
+use vold_tests::vold::parse_uri;
+use vold_tests::{Vold, wait_for};
+
+const MIB: u64 = 1 << 20;
+
+/// `acme/vol` on two replicas, attached to `vm1`, and what attach said.
+fn attached(size: &str) -> (Vold, Value) {
+    let vold = Vold::start();
+    vold.with_volume(2, "256M", size);
+    let attached = vold.ctl("attach acme/vol --vm vm1");
+    (vold, attached)
+}
+
+fn machine(vold: &Vold, attached: &Value, script: &str) -> Machine {
+    Machine::running(&vold.path(""), script).with(&attached["qemu_args"])
+}
+
+fn texts(list: &Value) -> Vec<&str> {
+    list.as_array()
+        .unwrap()
+        .iter()
+        .map(|text| text.as_str().unwrap())
+        .collect()
+}
+
+/// QEMU's names from attach's arguments.
+struct Names {
+    connection: String,
+    drive: String,
+    device: String,
+}
+
+impl Names {
+    fn of(attached: &Value) -> Self {
+        let arguments: Vec<&str> = texts(&attached["qemu_args"]);
+        let find = |key: &str| {
+            let mut words = arguments.iter().flat_map(|argument| argument.split(','));
+            let value = words.find_map(|word| word.strip_prefix(key));
+            value.expect(key).to_owned()
+        };
+        Self {
+            connection: find("node-name="),
+            drive: find("drive="),
+            device: find("id="),
+        }
+    }
+}
+
+/// The volume's drive as QMP's blockdev-add takes it.
+fn blockdev(attached: &Value, node: &str) -> Value {
+    let (socket, export) = parse_uri(attached["uri"].as_str().unwrap());
+    json!({
+        "driver": "nbd",
+        "node-name": node,
+        "server": {"type": "unix", "path": socket},
+        "export": export,
+        "reconnect-delay": 60,
+        "cache": {"direct": true},
+        "discard": "unmap",
+    })
+}
+
+fn replicas_are_in_sync(vold: &Vold) {
+    wait_for("both replicas are in sync", || {
+        let volume = vold.volume("acme/vol");
+        let mut replicas = volume["replicas"].as_array().unwrap().iter();
+        replicas
+            .all(|replica| replica["state"] == "in_sync")
+            .then_some(())
+    });
+}
+
+fn is_clean_after(mut vold: Vold) {
+    vold.stop();
+    vold.check_is_clean();
+}
+
+/// QEMU knows the size that its connection began with. A new connection takes the old one's place below the drive; and
+/// a restart of vold makes QEMU connect anew, too.
+#[test]
+fn a_volume_grows_under_a_mounted_file_system() {
+    let (mut vold, attached) = attached("48M");
+    let (first, second) = (80 * MIB, 112 * MIB);
+    let mut guest = machine(&vold, &attached, "grow")
+        .parameter("sizes", format!("{first},{second}"))
+        .start();
+    let names = Names::of(&attached);
+    guest.is_at("small");
+    vold.ctl("volume resize acme/vol --size 80M");
+    guest.qmp("blockdev-add", blockdev(&attached, "grown"));
+    let drive = json!({
+        "driver": "raw",
+        "node-name": names.drive,
+        "file": "grown",
+        "cache": {"direct": true},
+        "discard": "unmap",
+    });
+    guest.qmp("blockdev-reopen", json!({"options": [drive]}));
+    guest.qmp("blockdev-del", json!({"node-name": names.connection}));
+    guest.qmp("block_resize", json!({"node-name": names.drive, "size": first}));
+    guest.go();
+
+    guest.is_at("small");
+    vold.ctl("volume resize acme/vol --size 112M");
+    vold.stop();
+    vold.restart();
+    // (It does so when the guest wants something.)
+    wait_for("QEMU has connected anew and sees the size", || {
+        let resize = json!({"node-name": names.drive, "size": second});
+        guest.try_qmp("block_resize", resize).ok()
+    });
+    guest.go();
+    guest.passes();
+    is_clean_after(vold);
+}
+
+#[test]
+#[ignore = "long; make test-full runs it"]
+fn a_disk_is_unplugged_and_plugged_in_again() {
+    let (vold, attached) = attached("64M");
+    let Names {
+        connection,
+        drive,
+        device,
+    } = Names::of(&attached);
+    let mut guest = machine(&vold, &attached, "replug").start();
+    guest.is_at("unplug");
+    guest.qmp("device_del", json!({"id": device}));
+    guest.event("DEVICE_DELETED", |data| data["device"] == device);
+    guest.qmp("blockdev-del", json!({"node-name": drive}));
+    guest.qmp("blockdev-del", json!({"node-name": connection}));
+    wait_for("QEMU has let the volume go", || {
+        let list = vold.ctl("attachment list");
+        (list["items"][0]["connections"] == 0).then_some(())
+    });
+    guest.go();
+    guest.is_at("replug");
+    // Attached anew, under the next epoch.
+    vold.ctl("detach acme/vol --vm vm1");
+    let again = vold.ctl("attach acme/vol --vm vm1");
+    assert!(again["epoch"].as_u64() > attached["epoch"].as_u64(), "{again}");
+    guest.qmp("blockdev-add", blockdev(&again, "again"));
+    guest.qmp(
+        "device_add",
+        json!({"driver": "virtio-blk-pci", "drive": "again", "id": "again-disk"}),
+    );
+    guest.go();
+    guest.passes();
+    is_clean_after(vold);
+}
+
+#[test]
+#[ignore = "long; make test-full runs it"]
+fn what_a_guest_has_synced_survives_kill_9_of_its_qemu() {
+    let (vold, attached) = attached("96M");
+    for enough in [5, 40, 150] {
+        let mut guest = machine(&vold, &attached, "storm").start();
+        let synced = guest.says("files are synced", |said| {
+            let number: u64 = said.strip_prefix("synced ")?.parse().ok()?;
+            (number >= enough).then_some(number)
+        });
+        guest.kill();
+        machine(&vold, &attached, "storm-check")
+            .parameter("synced", synced)
+            .start()
+            .passes();
+    }
+    is_clean_after(vold);
+}
+
+/// Starts the script `load` and waits until it writes and verifies.
+fn loaded(vold: &Vold, attached: &Value) -> Guest {
+    let mut guest = machine(vold, attached, "load").start();
+    guest.is_at("load");
+    guest
+}
+
+fn another_round(guest: &mut Guest) {
+    guest.says("another round of the load", |said| {
+        said.starts_with("round ").then_some(())
+    });
+}
+
+#[test]
+#[ignore = "long; make test-full runs it"]
+fn a_guest_under_load_notices_nothing_of_kill_9_of_vold() {
+    let (mut vold, attached) = attached("96M");
+    let mut guest = loaded(&vold, &attached);
+    for _ in 0..3 {
+        vold.kill();
+        vold.restart();
+        another_round(&mut guest);
+    }
+    guest.go();
+    guest.passes();
+    replicas_are_in_sync(&vold);
+    is_clean_after(vold);
+}
+
+/// A limit on file sizes makes the kernel refuse writes to the files of both stores; so one of them is a loop device.
+#[test]
+#[ignore = "long; make test-full runs it"]
+fn a_guest_under_load_notices_nothing_of_a_replica_that_fails_and_comes_back() {
+    let vold = Vold::start();
+    let backing = vold.path("image");
+    std::fs::File::create(&backing)
+        .unwrap()
+        .set_len(256 << 20)
+        .unwrap();
+    let device = vold_tests::devices::LoopDevice::over(&backing);
+    vold.ctl(&format!("store add a --path {}", device.path().display()));
+    vold.ctl(&format!(
+        "store add b --path {} --size 256M",
+        vold.store_path("b").display()
+    ));
+    vold.ctl("customer create acme");
+    vold.ctl("vm create vm1 --customer acme");
+    vold.ctl("volume create acme/vol --size 96M --replicas 2");
+    let attached = vold.ctl("attach acme/vol --vm vm1");
+    vold.wait_until_scrubbed(&["a", "b"]);
+    let mut guest = loaded(&vold, &attached);
+    let limit_files = |limit: &str| {
+        run(
+            "prlimit",
+            [
+                format!("--pid={}", vold.pid()),
+                format!("--fsize={limit}:unlimited"),
+            ],
+        );
+    };
+    limit_files(&(8 * MIB).to_string());
+    wait_for("the replica is dropped", || {
+        let volume = vold.volume("acme/vol");
+        let mut replicas = volume["replicas"].as_array().unwrap().iter();
+        replicas
+            .any(|replica| replica["state"] != "in_sync")
+            .then_some(())
+    });
+    another_round(&mut guest);
+    limit_files("unlimited");
+    replicas_are_in_sync(&vold);
+    another_round(&mut guest);
+    guest.go();
+    guest.passes();
+    replicas_are_in_sync(&vold);
+    let mut vold = vold;
+    vold.stop();
+    vold.check_is_clean();
+    drop(device);
+}
+
+#[test]
+#[ignore = "long; make test-full runs it"]
+fn a_guest_boots_from_a_volume_and_another_customers_vm_does_not() {
+    let mut vold = Vold::not_started(None);
+    let pki = vold.path("pki");
+    vold.ctl(&format!(
+        "tls init --dir {} --server localhost --server 127.0.0.1",
+        pki.display()
+    ));
+    let mut command = vold.serve_command();
+    command.args(["--listen", "127.0.0.1:0", "--tls-dir"]).arg(&pki);
+    vold.restart_with(command);
+    vold.with_volume(2, "256M", "96M");
+    vold.ctl("customer create globex");
+    // (Another VM of its own customer has no way to the volume either, as long as it is attached elsewhere.)
+    for (vm, customer) in [("vm2", "globex"), ("vm3", "acme")] {
+        vold.ctl(&format!("vm create {vm} --customer {customer} --uid 12345"));
+    }
+    let attached = vold.ctl("attach acme/vol --vm vm1");
+    let disk = image("disk").join("disk.img");
+    let mut nbdcopy = tool("nbdcopy");
+    nbdcopy.arg("--flush").arg(&disk);
+    succeed(nbdcopy.arg(attached["uri"].as_str().unwrap()));
+
+    for boots in 1..=2 {
+        let mut guest = Machine::booting(&vold.path(""))
+            .with(&attached["qemu_args"])
+            .start();
+        let counted: u32 = guest.says("it counts its boots", |said| {
+            said.strip_prefix("boots ")?.parse().ok()
+        });
+        assert_eq!(counted, boots);
+        guest.passes();
+    }
+
+    let certificates = |customer: &str, vm: &str| {
+        let out = vold.path(&format!("{customer}-{vm}"));
+        vold.ctl(&format!(
+            "tls issue --dir {} --customer {customer} --vm {vm} --out {}",
+            pki.display(),
+            out.display()
+        ));
+        out.display().to_string()
+    };
+    // Over TLS, with each one's own certificates.
+    let with_certificates = |directory: &str| {
+        let mut arguments = attached["over_tls"][0]["qemu_args"].clone();
+        let object = arguments[1].as_str().unwrap().replace("/etc/pki/qemu", directory);
+        arguments[1] = object.into();
+        Machine::booting(&vold.path("")).with(&arguments)
+    };
+    for (customer, vm) in [("globex", "vm2"), ("acme", "vm3"), ("globex", "vm1")] {
+        let said = with_certificates(&certificates(customer, vm)).refuses_to_start();
+        assert!(said.contains("acme/vol"), "{said}");
+    }
+    // On the attachment's socket, as the other VMs' user.
+    let said = Machine::booting(&vold.path(""))
+        .with(&attached["qemu_args"])
+        .user(12345)
+        .refuses_to_start();
+    let (socket, _) = parse_uri(attached["uri"].as_str().unwrap());
+    let denied = format!("'{}': Permission denied", socket.display());
+    assert!(said.contains(&denied), "{said}");
+    // The right one's does it.
+    let mut guest = with_certificates(&certificates("acme", "vm1")).start();
+    let counted: u32 = guest.says("it counts its boots", |said| {
+        said.strip_prefix("boots ")?.parse().ok()
+    });
+    assert_eq!(counted, 3);
+    guest.passes();
+    is_clean_after(vold);
+}
