@@ -74,6 +74,11 @@ impl Sessions {
         self.transmitting.get()
     }
 
+    /// Connections that have not agreed on an export yet.
+    pub(crate) fn handshakes(&self) -> usize {
+        self.members.borrow().len() - self.transmitting.get()
+    }
+
     /// Connections that have gone and still have requests running.
     #[cfg(test)]
     pub(super) fn leaving_connections(&self) -> usize {

@@ -294,6 +294,11 @@ impl<F> Drop for Registered<F> {
     }
 }
 
+/// Tasks of the current thread's runtime that have not ended, the calling one included.
+pub fn live_tasks() -> usize {
+    current().live.borrow().len()
+}
+
 /// Time since the driver's origin.
 pub fn now() -> Duration {
     current().driver.now()
