@@ -11,7 +11,7 @@ needed=(
     fio:fio nbdinfo:libnbd-bin nbdcopy:libnbd-bin
     qemu-img:qemu-utils qemu-io:qemu-utils qemu-storage-daemon:qemu-utils
     mke2fs:e2fsprogs e2fsck:e2fsprogs
-    losetup:mount mount:mount umount:mount setpriv:util-linux prlimit:util-linux cmp:diffutils jq:jq getconf:libc-bin
+    losetup:mount mount:mount umount:mount fsfreeze:util-linux setpriv:util-linux prlimit:util-linux cmp:diffutils jq:jq getconf:libc-bin
 )
 
 # Debian's PATH of ordinary users leaves these out, and mke2fs and losetup are there.
