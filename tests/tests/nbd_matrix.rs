@@ -194,6 +194,9 @@ fn times(samples: usize, names: [&str; 2], mut connect: impl FnMut() -> Box<dyn 
     times
 }
 
+/// Makes a connection.
+type Connect<'a> = &'a dyn Fn() -> Box<dyn Ask>;
+
 trait Ask {
     fn ask_info(&mut self, data: &[u8]);
 }
@@ -227,7 +230,7 @@ fn the_time_of_an_answer_does_not_tell_a_foreign_export_from_a_missing_one() {
             Haggle::connect(&socket).ok()
         }))
     };
-    let places: [(&str, &dyn Fn() -> Box<dyn Ask>); 3] = [
+    let places: [(&str, Connect<'_>); 3] = [
         ("the gate", &at_the_gate),
         ("the door", &at_the_door),
         ("the socket", &on_the_socket),
