@@ -11,12 +11,19 @@ use libvol::runtime::{SendPart, net::Stream, spawn};
 use rustls::ClientConnection;
 
 /// A client that has got so much goes.
-pub(super) const ENOUGH_BYTES: usize = 8 << 20;
+pub(super) const ENOUGH_BYTES: usize = 2 << 20;
+
+/// Received at once.
+const RECEIVE_BYTES: usize = 16 << 10;
 
 /// See the module's text.
 pub(super) struct Client {
     stream: Stream,
     tls: Option<RefCell<ClientConnection>>,
+    /// Received under TLS and not opened.
+    sealed: RefCell<Vec<u8>>,
+    /// Lent to the engine while a receive is under way.
+    buf: RefCell<Option<Buf>>,
 }
 
 /// How bytes are cut when they are sent.
@@ -56,20 +63,22 @@ impl Pace {
 pub(super) fn pair() -> (Rc<Client>, Stream) {
     let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
     let stream = |socket| Stream::new(OwnedFd::from(socket));
-    let client = Client {
-        stream: stream(theirs),
-        tls: None,
-    };
-    (Rc::new(client), stream(ours))
+    (Rc::new(Client::over(stream(theirs), None)), stream(ours))
 }
 
 impl Client {
+    fn over(stream: Stream, tls: Option<ClientConnection>) -> Self {
+        Self {
+            stream,
+            tls: tls.map(RefCell::new),
+            sealed: RefCell::default(),
+            buf: RefCell::new(Some(Buf::zeroed(RECEIVE_BYTES))),
+        }
+    }
+
     /// Goes on under TLS. `None` when the server does not want to.
     pub(super) async fn encrypt(self: Rc<Self>, session: ClientConnection) -> Option<Rc<Self>> {
-        let client = Self {
-            stream: self.stream.clone(),
-            tls: Some(RefCell::new(session)),
-        };
+        let client = Self::over(self.stream.clone(), Some(session));
         let tls = client.tls.as_ref()?;
         loop {
             client.send_sealed(tls).await.then_some(())?;
@@ -110,17 +119,19 @@ impl Client {
         self.send_raw(&sealed).await
     }
 
-    /// Takes more of what the server has sealed. `false` when that was all, or makes no sense.
+    /// Opens more of what the server has sealed. `false` when that was all, or makes no sense.
     async fn open_more(&self, tls: &RefCell<ClientConnection>) -> bool {
-        let received = self.receive_raw().await;
-        let mut rest = &received[..];
-        while !rest.is_empty() {
-            let mut tls = tls.borrow_mut();
-            if tls.read_tls(&mut rest).is_err() || tls.process_new_packets().is_err() {
-                return false;
-            }
+        if self.sealed.borrow().is_empty() {
+            let received = self.receive_raw().await;
+            *self.sealed.borrow_mut() = received;
         }
-        !received.is_empty()
+        let (mut tls, mut sealed) = (tls.borrow_mut(), self.sealed.borrow_mut());
+        let mut rest = &sealed[..];
+        let opened = tls.read_tls(&mut rest).is_ok_and(|opened| opened > 0);
+        let left = rest.len();
+        let done = sealed.len() - left;
+        sealed.drain(..done);
+        opened && tls.process_new_packets().is_ok()
     }
 
     /// What comes next; nothing means that the server has hung up.
@@ -128,6 +139,7 @@ impl Client {
         let Some(tls) = &self.tls else {
             return self.receive_raw().await;
         };
+        let mut more = true;
         loop {
             let mut bytes = vec![0; 16 << 10];
             let read = tls.borrow_mut().reader().read(&mut bytes);
@@ -136,18 +148,20 @@ impl Client {
                     bytes.truncate(read);
                     return bytes;
                 }
-                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(e) if more && e.kind() == std::io::ErrorKind::WouldBlock => {}
                 Err(_) => return Vec::new(),
             }
-            if !self.open_more(tls).await {
-                return Vec::new();
-            }
+            // What was opened before an end is read first.
+            more = self.open_more(tls).await;
         }
     }
 
     async fn receive_raw(&self) -> Vec<u8> {
-        let (received, buf) = self.stream.recv(Buf::zeroed(64 << 10), 0..64 << 10).await;
-        buf[..received.unwrap_or(0)].to_vec()
+        let buf = self.buf.borrow_mut().take().expect("one receive at a time");
+        let (received, buf) = self.stream.recv(buf, 0..RECEIVE_BYTES).await;
+        let bytes = buf[..received.unwrap_or(0)].to_vec();
+        *self.buf.borrow_mut() = Some(buf);
+        bytes
     }
 
     /// Exactly so many bytes, or fewer at the end.

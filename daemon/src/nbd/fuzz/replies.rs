@@ -263,17 +263,39 @@ impl SoFar {
     }
 }
 
-/// Whether what was sent is this data, with zeros around it.
+/// Whether what was sent, in order, is this data, in order, with zeros around it.
 fn same(sent: &Pieces, data: &Pieces) -> bool {
-    let mut data = data
-        .iter()
-        .flat_map(|(at, bytes)| (*at..).zip(bytes.iter().copied()))
-        .peekable();
-    let matches = sent.iter().all(|(at, bytes)| {
-        (*at..).zip(bytes).all(|(place, byte)| match data.peek() {
-            Some((next, _)) if *next == place => data.next().is_some_and(|(_, read)| read == *byte),
-            _ => *byte == 0,
-        })
-    });
-    matches && data.next().is_none()
+    let mut data = data.iter().map(|(at, bytes)| (*at, &bytes[..])).peekable();
+    for (at, bytes) in sent {
+        let (mut at, mut rest) = (*at, &bytes[..]);
+        while !rest.is_empty() {
+            let zeros = match data.peek() {
+                Some((next, _)) => usize::try_from(next - at).unwrap_or(usize::MAX).min(rest.len()),
+                None => rest.len(),
+            };
+            if zeros > 0 {
+                if !all_zeros(&rest[..zeros]) {
+                    return false;
+                }
+                (at, rest) = (at + zeros as u64, &rest[zeros..]);
+                continue;
+            }
+            // What was sent in one piece may have been read in several.
+            let Some((_, piece)) = data.next() else {
+                return false;
+            };
+            if rest.get(..piece.len()) != Some(piece) {
+                return false;
+            }
+            (at, rest) = (at + piece.len() as u64, &rest[piece.len()..]);
+        }
+    }
+    data.next().is_none()
+}
+
+fn all_zeros(bytes: &[u8]) -> bool {
+    static ZEROS: [u8; 4096] = [0; 4096];
+    bytes
+        .chunks(ZEROS.len())
+        .all(|chunk| *chunk == ZEROS[..chunk.len()])
 }
