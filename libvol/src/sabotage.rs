@@ -67,6 +67,8 @@ rules! {
     TombstonedSlots: "a slot is restored at the opening although its tombstone is committed",
     StaleSlots: "a slot of no live volume is left as it is at the opening",
     HealLocks: "a damaged block is healed without its lock",
+    OldCopies: "an old copy of a store is taken for the store itself",
+    DestroyAgain: "what was destroyed and is on an old copy is left there",
     CatalogDurable: "a change of the catalog returns before it is durable",
 }
 

@@ -12,6 +12,7 @@ fn share(number: u64) {
         let report = run_one(seed);
         total.crash_points += report.crash_points;
         total.changes_cut += report.changes_cut;
+        total.old_copies += report.old_copies;
         total.flips += report.flips;
         total.destroyed += report.destroyed;
         total.acknowledged += report.acknowledged;
@@ -19,7 +20,11 @@ fn share(number: u64) {
     println!("share {number} of {SHARES}: {total:?}");
     // A world in which nothing happens promises nothing.
     assert!(
-        total.crash_points > 300 && total.changes_cut > 30 && total.flips > 50 && total.destroyed > 30,
+        total.crash_points > 300
+            && total.changes_cut > 30
+            && total.flips > 50
+            && total.destroyed > 30
+            && total.old_copies > 5,
         "{total:?}"
     );
 }

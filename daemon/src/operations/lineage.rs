@@ -20,11 +20,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use libvol::catalog::{DestroyRecord, Phase, StoreRecord, Tombstone, Tx, VolumeRecord};
+use libvol::catalog::{Loss, OldCopy, StoreRecord, VolumeRecord};
 use libvol::disk::DiskFile;
-use libvol::ids::{Epoch, Incarnation, StoreId, VolumeId, VolumePath};
+use libvol::ids::{Incarnation, StoreId, VolumeId};
 use libvol::limits::LINEAGE_FLOOR_SECONDS;
-use libvol::store::{self, Expect, Found, Member, Renewal, StoreHandle, Verdict};
+use libvol::store::{self, Expect, Found, Renewal, StoreHandle};
 use libvol::{Error, Result};
 use tokio::sync::oneshot;
 
@@ -32,17 +32,6 @@ use super::{Operations, Seat};
 
 /// How often the catalog hears what stores have committed.
 const FLOOR_PERIOD: Duration = Duration::from_secs(LINEAGE_FLOOR_SECONDS);
-
-/// What an old copy of a store means to one of the volumes on it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Loss {
-    /// Nothing: it has no replica there, or is being made or destroyed.
-    None,
-    /// A replica, which other replicas can bring up to date.
-    Replica,
-    /// The last replica in sync.
-    Last,
-}
 
 impl Operations {
     /// Opens a store on its home shard. `judge` decides by what was found, and makes durable what the decision needs, before
@@ -86,13 +75,7 @@ impl Operations {
     /// As [`store::open`]; `Refused` when the catalog is older than the store.
     pub(super) async fn open_known(&self, id: StoreId, file: DiskFile) -> Result<StoreHandle> {
         let handle = self.open_file(id, file, |found| self.judge(id, &found)).await?;
-        let confirmed = self.change(|tx| {
-            let mut record = recorded(tx, id)?;
-            record
-                .lineage
-                .confirm(handle.incarnation(), handle.committed_lsn());
-            tx.update(&record)
-        });
+        let confirmed = self.change(|tx| tx.confirm_store(id, handle.incarnation(), handle.committed_lsn()));
         if let Err(e) = confirmed {
             self.close_store(&handle).await;
             return Err(e);
@@ -105,27 +88,9 @@ impl Operations {
 
     /// Judges a store by the catalog, and makes the consequences durable together with the new incarnation.
     fn judge(&self, id: StoreId, found: &Found) -> Result<Renewal> {
-        let (renewal, name, old) = self.change(|tx| {
-            let mut record = recorded(tx, id)?;
-            let old = match record.lineage.judge(found) {
-                Verdict::Continues => None,
-                Verdict::OldCopy(why) => {
-                    let losses = give_up_replicas(tx, &record, &why)?;
-                    Some((why, losses))
-                }
-                Verdict::Ahead(why) => {
-                    return Err(Error::refused(format!(
-                        "store {:?} was opened after this catalog was written ({why}): the catalog is an old copy; stop vold, \
-                         and put the newer one back or move it away and rebuild it: vold rebuild-catalog",
-                        record.name.as_str()
-                    )));
-                }
-            };
-            let renewal = record.lineage.begin(found, Incarnation::random());
-            tx.update(&record)?;
-            Ok((renewal, record.name, old))
-        })?;
-        if let Some((why, losses)) = old {
+        let judged = self.change(|tx| tx.judge_store(id, found, Incarnation::random()))?;
+        let name = judged.name;
+        if let Some(OldCopy { why, losses }) = judged.old {
             tracing::error!(store = %name, "is an OLD COPY: {why}; no data of it is served");
             for (volume, loss) in losses {
                 match loss {
@@ -139,7 +104,7 @@ impl Operations {
                 }
             }
         }
-        Ok(renewal)
+        Ok(judged.renewal)
     }
 
     /// Refuses a volume whose last replica in sync is an old copy.
@@ -169,12 +134,7 @@ impl Operations {
             .call(move |_| async move { Ok((asked.volumes().await?, asked.remains().await?)) })
             .await?;
         for volume in live.iter().chain(&remains) {
-            if !self.look(|view| {
-                let destruction = view.get::<DestroyRecord>(*volume)?;
-                let done = destruction
-                    .is_some_and(|job| job.stores.iter().any(|part| part.store == id && part.done));
-                Ok(done || view.get::<Tombstone>(*volume)?.is_some())
-            })? {
+            if !self.look(|view| view.is_gone_from(*volume, id))? {
                 continue;
             }
             if live.contains(volume) {
@@ -259,149 +219,9 @@ impl Operations {
         }
         self.change(|tx| {
             for (id, incarnation, lsn) in risen {
-                // It may have been removed meanwhile.
-                if let Some(mut record) = tx.get::<StoreRecord>(id)?
-                    && record.lineage.raise(incarnation, lsn)
-                {
-                    tx.update(&record)?;
-                }
+                tx.raise_floor(id, incarnation, lsn)?;
             }
             Ok(())
         })
-    }
-}
-
-fn recorded(tx: &Tx<'_>, id: StoreId) -> Result<StoreRecord> {
-    tx.get::<StoreRecord>(id)?
-        .ok_or_else(|| Error::internal(format!("store {id} is gone from the catalog")))
-}
-
-/// Every replica on an old copy of `store` is given up, or noted as old where it is the last.
-fn give_up_replicas(tx: &Tx<'_>, store: &StoreRecord, why: &str) -> Result<Vec<(VolumePath, Loss)>> {
-    let reason = format!("store {:?} is an old copy: {why}", store.name.as_str());
-    let mut losses = Vec::new();
-    for mut volume in tx.all::<VolumeRecord>()? {
-        let loss = give_up(&mut volume, store.id, &reason);
-        if loss != Loss::None {
-            tx.update(&volume)?;
-            losses.push((volume.path, loss));
-        }
-    }
-    Ok(losses)
-}
-
-/// The same for one volume.
-fn give_up(volume: &mut VolumeRecord, store: StoreId, reason: &str) -> Loss {
-    let good_elsewhere = volume
-        .replicas
-        .iter()
-        .any(|r| r.store != store && r.state == Member::InSync && !r.full_copy);
-    let Some(place) = volume.replica_on(store) else {
-        return Loss::None;
-    };
-    let replica = &mut volume.replicas[place];
-    // An unfinished creation is rolled back, and a destruction goes on: neither serves anything.
-    if volume.phase != Phase::Ready {
-        return Loss::None;
-    }
-    replica.full_copy = true;
-    replica.reason = Some(reason.to_owned());
-    if replica.state == Member::InSync && !good_elsewhere {
-        return Loss::Last;
-    }
-    if replica.state == Member::InSync {
-        volume.membership_epoch = Epoch(volume.membership_epoch.0 + 1);
-    }
-    replica.state = Member::Stale;
-    Loss::Replica
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use libvol::catalog::ReplicaRecord;
-    use libvol::ids::{CustomerId, DatasetId};
-
-    fn store(n: usize) -> StoreId {
-        StoreId::from_bytes([n as u8; 16])
-    }
-
-    fn volume(states: &[Member]) -> VolumeRecord {
-        let replica = |(n, state): (usize, &Member)| ReplicaRecord {
-            state: *state,
-            ..ReplicaRecord::in_sync(store(n))
-        };
-        VolumeRecord {
-            id: VolumeId::random(),
-            path: "acme/web".parse().unwrap(),
-            customer: CustomerId::random(),
-            dataset: DatasetId::random(),
-            size_bytes: 4096,
-            replicas: states.iter().enumerate().map(replica).collect(),
-            replicas_wanted: states.len(),
-            membership_epoch: Epoch(4),
-            attachment_epoch: Epoch(0),
-            phase: Phase::Ready,
-            created_unix_seconds: 1,
-        }
-    }
-
-    #[test]
-    fn a_replica_on_an_old_copy_is_stale_needs_a_full_copy_and_if_it_was_in_sync_raises_the_epoch() {
-        for (states, epoch) in [
-            (&[Member::InSync, Member::InSync][..], 5),
-            // Its volume may be open, and owns its epoch.
-            (&[Member::Stale, Member::InSync], 4),
-            (&[Member::Resyncing, Member::InSync, Member::InSync], 4),
-        ] {
-            let mut volume = volume(states);
-            assert_eq!(give_up(&mut volume, store(0), "old"), Loss::Replica);
-            let replica = &volume.replicas[0];
-            assert_eq!((replica.state, replica.full_copy), (Member::Stale, true));
-            assert_eq!(replica.reason.as_deref(), Some("old"));
-            assert_eq!(volume.membership_epoch, Epoch(epoch));
-            assert_eq!(volume.replicas[1].state, Member::InSync);
-        }
-    }
-
-    #[test]
-    fn the_last_replica_in_sync_stays_a_member_and_is_noted_as_old() {
-        for states in [
-            &[Member::InSync][..],
-            &[Member::InSync, Member::Stale],
-            &[Member::InSync, Member::Resyncing, Member::Stale],
-        ] {
-            let mut volume = volume(states);
-            assert_eq!(give_up(&mut volume, store(0), "old"), Loss::Last);
-            assert_eq!(volume.replicas[0].state, Member::InSync);
-            assert!(volume.replicas[0].is_old_and_last());
-            assert_eq!(volume.membership_epoch, Epoch(4));
-        }
-    }
-
-    #[test]
-    fn of_two_old_copies_the_second_is_the_last() {
-        let mut volume = volume(&[Member::InSync, Member::InSync]);
-        assert_eq!(give_up(&mut volume, store(0), "old"), Loss::Replica);
-        assert_eq!(give_up(&mut volume, store(1), "old too"), Loss::Last);
-        // And the first, old once more, does not become the one to copy from.
-        assert_eq!(give_up(&mut volume, store(0), "older"), Loss::Replica);
-        assert!(volume.replicas[1].is_old_and_last());
-    }
-
-    #[test]
-    fn other_volumes_and_those_that_serve_nothing_are_left_alone() {
-        let mut elsewhere = volume(&[Member::InSync]);
-        assert_eq!(give_up(&mut elsewhere, store(2), "old"), Loss::None);
-        let mut moved = volume(&[Member::Vacant, Member::InSync]);
-        assert_eq!(give_up(&mut moved, store(0), "old"), Loss::None);
-        assert_eq!(moved.replicas[0].state, Member::Vacant);
-        for phase in [Phase::Creating, Phase::Destroying] {
-            let mut unused = volume(&[Member::InSync, Member::InSync]);
-            unused.phase = phase;
-            let before = unused.clone();
-            assert_eq!(give_up(&mut unused, store(0), "old"), Loss::None);
-            assert_eq!(unused, before);
-        }
     }
 }

@@ -167,7 +167,7 @@ impl Operations {
             };
             self.ask_store(&handle, undo).await?;
         }
-        self.change(|tx| tx.remove::<VolumeRecord>(id))
+        self.change(|tx| tx.forget_created(id))
     }
 
     /// The stores of a creation to be undone; those given up as lost are nobody's any more.

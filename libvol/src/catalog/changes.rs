@@ -16,6 +16,16 @@ impl Tx<'_> {
         self.update(&record)
     }
 
+    /// The end of a creation that was undone. Its tombstone stays: an old copy of a store may have its slot once more.
+    ///
+    /// # Errors
+    /// `Internal` when the volume is not there; the catalog's own.
+    pub fn forget_created(&self, volume: VolumeId) -> Result<()> {
+        let dataset = self.recorded_volume(volume)?.dataset;
+        self.insert(&Tombstone { volume, dataset })?;
+        self.remove::<VolumeRecord>(volume)
+    }
+
     /// A volume's new size, which its stores have heard of.
     ///
     /// # Errors

@@ -10,11 +10,13 @@
 
 mod changes;
 mod membership;
+mod opening;
 mod records;
 #[cfg(any(test, feature = "sim"))]
 mod simulated;
 mod table;
 
+pub use opening::{Judged, Loss, OldCopy};
 pub use records::{
     AttachmentRecord, CustomerRecord, DestroyRecord, DestroyedStore, Leaving, Phase, ReplicaRecord,
     ScrubPass, ScrubRecord, StoreFault, StoreRecord, Tombstone, VmRecord, VolumeRecord,

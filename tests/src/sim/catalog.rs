@@ -14,14 +14,14 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_channel::oneshot;
-use libvol::catalog::{CustomerRecord, ReplicaRecord, StoreFault, StoreRecord, Tx, VolumeRecord};
+use libvol::catalog::{CustomerRecord, Judged, ReplicaRecord, StoreFault, StoreRecord, Tx, VolumeRecord};
 use libvol::destroy::Ledger;
 use libvol::disk::sim::{Cut, Rng, SimFile};
 use libvol::error::Error;
-use libvol::ids::{Epoch, InstallationId, Name, StoreId, VolumeId, VolumePath};
+use libvol::ids::{Epoch, Incarnation, InstallationId, Name, StoreId, VolumeId, VolumePath};
 use libvol::limits::BLOCK;
 use libvol::runtime::{sleep, spawn};
-use libvol::store::{Lineage, Member};
+use libvol::store::{self, Lineage, Member, StoreHandle};
 use libvol::volume::{Membership, Register, Standing};
 
 pub use super::records::{Entry, KEY_MARK, Phase, Records};
@@ -318,10 +318,7 @@ impl Catalog {
     /// # Panics
     /// When the catalog refuses.
     pub async fn remove_created(&self, rng: &mut Rng, number: u32) {
-        done(
-            self.change(rng, |tx| tx.remove::<VolumeRecord>(volume_id(number)))
-                .await,
-        );
+        done(self.change(rng, |tx| tx.forget_created(volume_id(number))).await);
     }
 
     /// A volume's new size.
@@ -346,6 +343,43 @@ impl Catalog {
             tx.begin_destruction(record, &stores, NOON)
         };
         done(self.change(rng, begin).await);
+    }
+
+    /// What a disk's store is by its lineage, with the consequences of that.
+    ///
+    /// # Panics
+    /// When the catalog refuses: it is never an old copy itself.
+    pub async fn judge_store(&self, rng: &mut Rng, disk: usize, found: &store::Found) -> Judged {
+        let store = self.machine().stores[disk];
+        let mut fresh = [0; 16];
+        for word in fresh.chunks_mut(8) {
+            word.copy_from_slice(&rng.next_u64().to_le_bytes());
+        }
+        let fresh = Incarnation::from_bytes(fresh);
+        done(self.change(rng, |tx| tx.judge_store(store, found, fresh)).await)
+    }
+
+    /// A disk's store is open.
+    ///
+    /// # Panics
+    /// When the catalog refuses.
+    pub async fn confirm_store(&self, rng: &mut Rng, disk: usize, handle: &StoreHandle) {
+        let store = self.machine().stores[disk];
+        let (incarnation, lsn) = (handle.incarnation(), handle.committed_lsn());
+        done(
+            self.change(rng, |tx| tx.confirm_store(store, incarnation, lsn))
+                .await,
+        );
+    }
+
+    /// Whether nothing of a volume may be on a disk any more.
+    ///
+    /// # Panics
+    /// When the catalog cannot be read.
+    pub fn is_gone_from(&self, volume: VolumeId, disk: usize) -> bool {
+        let machine = self.machine();
+        let store = machine.stores[disk];
+        done(machine.open().read(|view| view.is_gone_from(volume, store)))
     }
 
     /// Latches the fault of a disk's store.

@@ -55,6 +55,8 @@ pub struct Report {
     pub crash_points: u64,
     /// Power cuts while the catalog was being changed.
     pub changes_cut: u64,
+    /// Disks that returned as they had been some rounds before.
+    pub old_copies: u64,
     /// Rounds.
     pub rounds: u64,
     /// Bits that flipped at rest.

@@ -12,6 +12,8 @@ use libvol::volume::Tuning;
 pub const EXTENT_BLOCKS: u64 = 4;
 /// Bytes of an extent.
 pub const EXTENT_BYTES: u64 = EXTENT_BLOCKS * BLOCK;
+/// Most stores of a world.
+pub const STORES_MAX: usize = 3;
 /// Where data begins on a store.
 pub const DATA_AT: u64 = 4 << 20;
 
@@ -96,6 +98,12 @@ pub struct Faults {
     pub cuts_at_changes: bool,
     /// Extents are given back and allocated anew while a replica catches up.
     pub churn_beside_resync: bool,
+    /// One disk returns as it was some rounds ago.
+    pub old_copies: bool,
+    /// A power cut does different things to different disks.
+    pub cuts_apart: bool,
+    /// Histories in which little but a few blocks is written, so that cut follows cut without a sync between.
+    pub calm: bool,
 }
 
 impl Default for Faults {
@@ -111,6 +119,9 @@ impl Default for Faults {
             lost_zeros: true,
             cuts_at_changes: true,
             churn_beside_resync: true,
+            old_copies: true,
+            cuts_apart: true,
+            calm: true,
         }
     }
 }
@@ -122,6 +133,9 @@ impl Faults {
             lost_zeros: false,
             cuts_at_changes: false,
             churn_beside_resync: false,
+            old_copies: false,
+            cuts_apart: false,
+            calm: false,
             ..Self::default()
         }
     }
@@ -150,6 +164,10 @@ pub struct Plan {
     pub tuning: Tuning,
     /// Whether there are trims: they make much disappear that could show a mistake.
     pub trims: bool,
+    /// The catalog keeps account of the stores' lineage, and old copies of disks may return.
+    pub lineage: bool,
+    /// Most rounds are calm ([`Round::is_calm`]).
+    pub calm: bool,
 }
 
 impl Plan {
@@ -166,7 +184,11 @@ impl Plan {
             resync_bytes_per_second: [u64::MAX, 20 << 20][rng.below(2) as usize],
             ..Tuning::default()
         };
+        let mut flavour = stream(seed, "flavour", &[]);
+        let (lineage, calm) = (flavour.one_in(3), flavour.one_in(6));
         Self {
+            lineage: faults.old_copies && lineage,
+            calm: faults.calm && calm,
             stores: 2 + rng.below(2) as usize,
             extents: match faults.full_stores {
                 true => [10, roomy, roomy][rng.below(3) as usize],
@@ -210,6 +232,9 @@ pub enum Trouble {
     Silent,
     /// Zeros of the scrubber get lost.
     LostZeros,
+    /// It is there as it was some rounds ago: from the beginning, or, after so many milliseconds away, in the midst of the
+    /// round. Only where every volume has a replica in sync elsewhere; else nothing.
+    Old(Option<u64>),
 }
 
 /// What holds for one round.
@@ -223,8 +248,8 @@ pub struct Round {
     pub cut: Cut,
     /// It also goes so many disk calls after a membership has changed.
     pub cut_at_change: Option<u64>,
-    /// What the cut does to what is not synced.
-    pub unsynced: sim::Cut,
+    /// What the cut does to what is not synced, by disk.
+    pub unsynced: [sim::Cut; STORES_MAX],
     /// Seed of the engine.
     pub engine_seed: u64,
     /// What happens to the one disk that may fail.
@@ -233,11 +258,13 @@ pub struct Round {
     pub is_frugal: bool,
     /// Extents are given back and allocated anew while a replica catches up.
     pub churns: bool,
+    /// Nobody makes, destroys, flushes, trims or reopens, and only the first blocks of volumes are written.
+    pub is_calm: bool,
 }
 
 impl Round {
     /// The round of a seed; the last one ends in peace.
-    pub fn new(seed: u64, number: u32, is_last: bool, faults: &Faults) -> Self {
+    pub fn new(seed: u64, number: u32, is_last: bool, plan: &Plan, faults: &Faults) -> Self {
         let mut rng = stream(seed, "round", &[u64::from(number)]);
         let limit = [40, 150, 500][rng.below(3) as usize];
         let after = 1 + rng.below(limit);
@@ -247,7 +274,7 @@ impl Round {
             1..=2 => Cut::AfterStart(after),
             _ => Cut::AfterRecovery(after),
         };
-        let unsynced = sim::Cut::random(&mut rng);
+        let unsynced = [sim::Cut::random(&mut rng); STORES_MAX];
         let engine_seed = rng.next_u64();
         let away = [None, Some(rng.below(100))][rng.below(2) as usize];
         let trouble = match rng.below(8) {
@@ -263,7 +290,7 @@ impl Round {
         let mut rng = stream(seed, "change", &[u64::from(number)]);
         let calls = 1 + rng.below(4);
         let at_change = faults.cuts_at_changes && matches!(cut, Cut::AfterRecovery(_)) && rng.one_in(2);
-        Self {
+        let round = Self {
             number,
             is_last,
             // Damage is promised to be found only where its sum is durable: once the volume is closed.
@@ -274,7 +301,44 @@ impl Round {
             trouble,
             is_frugal,
             churns: faults.churn_beside_resync && !is_frugal,
+            is_calm: false,
+        };
+        let mut rng = stream(seed, "newer faults", &[u64::from(number)]);
+        round
+            .with_old_copy(&mut rng, plan)
+            .calmed(&mut rng, plan)
+            .cut_apart(&mut rng, faults)
+    }
+
+    /// In a quarter of the rounds an old copy, and no other trouble.
+    fn with_old_copy(mut self, rng: &mut Rng, plan: &Plan) -> Self {
+        let (old, away) = (rng.one_in(4), [None, Some(rng.below(60))][rng.below(2) as usize]);
+        if plan.lineage && old && !self.is_last && !self.is_frugal {
+            self.trouble = Trouble::Old(away);
         }
+        self
+    }
+
+    /// Three of four rounds of a calm history are calm, and cut soon; nothing else goes wrong in them.
+    fn calmed(mut self, rng: &mut Rng, plan: &Plan) -> Self {
+        let (calm, calls) = (!rng.one_in(4), 1 + rng.below(40));
+        if plan.calm && calm && !self.is_last && !matches!(self.trouble, Trouble::Old(_)) {
+            (self.is_calm, self.is_frugal, self.churns) = (true, false, false);
+            self.trouble = Trouble::None;
+            self.cut = Cut::AfterRecovery(calls);
+            self.cut_at_change = None;
+        }
+        self
+    }
+
+    /// In half of the rounds each disk loses something else.
+    fn cut_apart(mut self, rng: &mut Rng, faults: &Faults) -> Self {
+        let apart = rng.one_in(2);
+        let cuts = std::array::from_fn(|_| sim::Cut::random(rng));
+        if faults.cuts_apart && apart {
+            self.unsynced = cuts;
+        }
+        self
     }
 
     /// Whether all volumes are closed at its end, and no write is cut short.

@@ -202,9 +202,22 @@ pub struct Records {
     pub faults: BTreeMap<usize, String>,
     /// The one disk that may fail now; no other replica may be dropped.
     pub suspect: Option<usize>,
+    /// A disk that has returned as it was, and has not been opened since: nothing on it counts.
+    pub returned_old: Option<usize>,
+    /// Disks that have done so: what was destroyed on them again may still have to be overwritten.
+    pub ever_old: BTreeSet<usize>,
+    /// How often that has happened.
+    pub returns: u64,
 }
 
 impl Records {
+    /// A disk has returned as it was some rounds ago.
+    pub fn returned_as_old(&mut self, disk: usize) {
+        self.returned_old = Some(disk);
+        self.ever_old.insert(disk);
+        self.returns += 1;
+    }
+
     /// The record of an id.
     pub fn by_id(&self, id: VolumeId) -> Option<&Entry> {
         self.live.values().find(|entry| entry.id() == id)
@@ -232,10 +245,11 @@ impl Records {
                 .any(|tombstone| tombstone.volume == entry.id());
             let destruction = found.destruction(entry.id());
             let is_over = destruction.is_some_and(|record| record.finished_unix_seconds.is_some());
-            assert_eq!(
-                (is_buried, is_over),
-                (entry.phase == Phase::Destroying, entry.phase == Phase::Destroying),
-                "volume {number} went from phase {:?}: tombstone, destruction finished",
+            // A creation may have been undone, or never have been durable.
+            let may_be_buried = is_buried || entry.phase == Phase::Creating;
+            assert!(
+                is_over == (entry.phase == Phase::Destroying) && may_be_buried,
+                "volume {number} went from phase {:?}: tombstone {is_buried}, destruction finished {is_over}",
                 entry.phase
             );
         }

@@ -7,9 +7,6 @@ use super::{Faults, Size, run};
 /// A broken rule must be noticed within so many seeds.
 pub const SEEDS_MAX: u64 = 1000;
 
-/// Rules that take the world longer: it is not strong enough for them yet.
-pub const NOT_NOTICED_YET: [Rule; 1] = [Rule::RecoverSyncs];
-
 /// The first seed, from 0 on, whose history notices that the rule is broken, and what it says.
 pub fn noticed(rule: Rule, seeds: u64) -> Option<(u64, String)> {
     break_rule(Some(rule));

@@ -9,12 +9,16 @@
 use std::rc::Rc;
 use std::time::Duration;
 
+use libvol::catalog::Loss;
+use libvol::disk::DiskFile;
+use libvol::disk::sim::Rng;
 use libvol::error::Error;
 use libvol::limits::STORE_CLOSING_MAX;
 use libvol::runtime::{sleep, timeout};
-use libvol::store::{self, Expect, Severity, StoreHandle, StoreIo};
+use libvol::store::{self, Expect, Finding, Found, Renewal, Severity, StoreHandle, StoreIo};
 
-use super::life::Running;
+use super::life::{Running, STUCK};
+use super::rest::is_torn_superblock;
 
 /// Between two looks at stores and replicas.
 pub const LOOK: Duration = Duration::from_millis(2);
@@ -60,14 +64,79 @@ impl Running {
             installation: None,
             store: Some(self.life.stores[disk]),
         };
-        let handle = store::open(&self.life.driver.file(disk), expect).await?;
-        let bad = handle.findings().iter().find(|f| f.severity == Severity::Damage);
-        if let Some(finding) = bad {
+        let file = self.life.driver.file(disk);
+        let handle = match self.life.plan.lineage {
+            true => self.open_judged(disk, &file, expect).await?,
+            false => store::open(&file, expect).await?,
+        };
+        let is_bad = |f: &&Finding| f.severity == Severity::Damage && !is_torn_superblock(f);
+        if let Some(finding) = handle.findings().iter().find(is_bad) {
             self.tolerate_on(disk, &Error::damaged(finding.text.clone()));
         }
         let io = StoreIo::attach(&handle).expect("simulated");
         self.seats[disk].replace(Some(Open { handle, io }));
         Ok(())
+    }
+
+    /// Opens a store whose lineage the catalog keeps.
+    async fn open_judged(&self, disk: usize, file: &DiskFile, expect: Expect) -> libvol::Result<StoreHandle> {
+        let mut rng = self.rng("open", disk as u32);
+        let opening = store::begin_open(file, expect).await?;
+        let renewal = self.judge(disk, &opening.found(), &mut rng).await;
+        let handle = opening.finish(Some(renewal)).await?;
+        self.life.catalog.confirm_store(&mut rng, disk, &handle).await;
+        match self.destroy_again_on(disk, &handle).await {
+            Ok(()) => self.life.counters.opened(disk),
+            // The next opening tries anew.
+            Err(error) => self.tolerate_on(disk, &error),
+        }
+        Ok(handle)
+    }
+
+    async fn judge(&self, disk: usize, found: &Found, rng: &mut Rng) -> Renewal {
+        let judged = self.life.catalog.judge_store(rng, disk, found).await;
+        if let Some(old) = judged.old {
+            self.life
+                .driver
+                .note(|| format!("disk {disk}: an old copy: {}", old.why));
+            self.tolerate_on(disk, &Error::damaged(old.why));
+            let last = old.losses.iter().find(|(_, loss)| *loss == Loss::Last);
+            assert_eq!(
+                last, None,
+                "disk {disk}: a volume's last replica in sync is on an old copy"
+            );
+        }
+        judged.renewal
+    }
+
+    /// What was destroyed before and is there again, or still, is destroyed once more.
+    async fn destroy_again_on(&self, disk: usize, handle: &StoreHandle) -> libvol::Result<()> {
+        let (live, remains) = (handle.volumes().await?, handle.remains().await?);
+        for volume in live.into_iter().chain(remains) {
+            if self.life.catalog.is_gone_from(volume, disk) {
+                handle.destroy_volume(volume).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until nothing is left to be overwritten on disks that were old copies.
+    ///
+    /// # Panics
+    /// When that takes too long.
+    pub(super) async fn until_scrubbed(&self) {
+        let old = self.life.catalog.records().ever_old.clone();
+        for open in old.iter().filter_map(|disk| self.seat(*disk)) {
+            let scrubbed = async {
+                while open.handle.space().pending_scrub > 0 {
+                    sleep(LOOK).await;
+                }
+            };
+            assert!(
+                timeout(STUCK, scrubbed).await.is_some(),
+                "what was destroyed is not overwritten"
+            );
+        }
     }
 
     /// What the daemon's background tasks do for stores.

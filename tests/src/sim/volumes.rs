@@ -194,6 +194,7 @@ impl Running {
                     differ |= record.size_bytes != entry.blocks * BLOCK;
                     largest = largest.max(record.size_bytes / BLOCK);
                 }
+                Ok(VolumeState::Unknown) if self.lacks(*disk, entry) => {}
                 Ok(other) => panic!("volume {} on disk {disk}: {other:?}", entry.number),
                 Err(error) => self.tolerate_on(*disk, &error),
             }

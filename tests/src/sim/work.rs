@@ -129,6 +129,7 @@ fn any_turn(running: &Running, rng: &mut Rng) -> Turn {
         Turn::Destroy,
     ][rng.below(7) as usize];
     match turn {
+        _ if running.life.round.is_calm => Turn::Nothing,
         Turn::Destroy if running.life.round.is_frugal => Turn::Nothing,
         turn => turn,
     }
@@ -223,6 +224,9 @@ impl Worker {
         if self.running.life.round.churns && self.is_joining() && self.rng.one_in(2) {
             return self.churn().await;
         }
+        if self.running.life.round.is_calm {
+            return self.calm_request().await;
+        }
         let range = self.any_range();
         let trims = self.running.life.plan.trims && !self.running.life.round.is_frugal;
         let kind = self.rng.below(if trims { 12 } else { 9 });
@@ -239,6 +243,17 @@ impl Worker {
             1..=3 => self.read(range).await,
             4..=8 => self.write(range, fua).await,
             kind => self.zero(range, kind, fua, no_hole).await,
+        }
+    }
+
+    /// A read or a write of the first blocks, which nothing makes durable.
+    async fn calm_request(&mut self) -> bool {
+        let blocks = (self.volume.size_bytes() / BLOCK).min(2);
+        let start = self.rng.below(blocks) as usize * BLOCK_SECTORS;
+        let range = start..start + BLOCK_SECTORS;
+        match self.rng.one_in(3) || self.is_off_limits(&range) {
+            true => self.read(range).await,
+            false => self.write(range, false).await,
         }
     }
 

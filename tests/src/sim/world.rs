@@ -20,7 +20,7 @@ use super::catalog::{self, CHANGE_MAX, Catalog, Entry, Phase};
 use super::lies::allow_lost_zeros;
 use super::life::Life;
 use super::model::{Model, PLAINTEXT_MARK};
-use super::plan::{Cut, EXTENT_BYTES, Faults, Plan, Round, Size, Trouble, stream};
+use super::plan::{Cut, EXTENT_BYTES, Faults, Plan, Round, STORES_MAX, Size, Trouble, stream};
 use super::rest::{self, Damages};
 
 /// No life takes longer than this, in virtual time.
@@ -73,6 +73,20 @@ pub struct Counters {
     pub destroyed: Cell<u64>,
     /// A life has recovered everything and the oracle has agreed.
     pub verified: Cell<bool>,
+    /// Disks whose stores were opened by their lineage, with nothing left of what is gone.
+    opened: RefCell<BTreeSet<usize>>,
+}
+
+impl Counters {
+    /// A disk's store was opened by its lineage, and nothing is left there of what is gone.
+    pub fn opened(&self, disk: usize) {
+        self.opened.borrow_mut().insert(disk);
+    }
+
+    /// Whether it was.
+    pub fn is_opened(&self, disk: usize) -> bool {
+        self.opened.borrow().contains(&disk)
+    }
 }
 
 /// What one seed's history consists of.
@@ -91,6 +105,9 @@ pub struct World {
     /// Something has gone wrong with it, and is not put right yet.
     troubled: bool,
     changes_cut: u64,
+    /// Disks as they were some rounds ago.
+    copies: [Option<Media>; STORES_MAX],
+    old_copies: u64,
     log: Rc<Log>,
 }
 
@@ -108,9 +125,6 @@ thread_local! {
     static FORMATTED: RefCell<Formatted> = const { RefCell::new(BTreeMap::new()) };
     static CATALOGS: RefCell<Catalogs> = const { RefCell::new(BTreeMap::new()) };
 }
-
-/// Most stores of a world.
-const STORES_MAX: usize = 3;
 
 fn formatted(plan: &Plan) -> (Vec<Media>, Vec<StoreId>) {
     let key = (plan.extents, plan.zero_filled);
@@ -182,6 +196,8 @@ impl World {
             bad: 0,
             troubled: false,
             changes_cut: 0,
+            copies: Default::default(),
+            old_copies: 0,
             log,
         }
     }
@@ -196,7 +212,7 @@ impl World {
         let mut open = false;
         for number in 0..=self.size.rounds {
             let last = number == self.size.rounds;
-            let round = Round::new(self.seed, number, last, &self.faults);
+            let round = Round::new(self.seed, number, last, &self.plan, &self.faults);
             let counters = Rc::new(Counters::default());
             let (cut, hash) = self.round(&round, &counters);
             // Of several cuts before the oracle could agree, only the last one was followed by a full recovery.
@@ -212,21 +228,23 @@ impl World {
             self.rest(number, last, &mut report);
         }
         report.changes_cut = self.changes_cut;
+        report.old_copies = self.old_copies;
         report.trace_hash ^= self.catalog.trace_hash();
         report
     }
 
     /// One life. Whether the power was cut, and the trace's hash.
     fn round(&mut self, round: &Round, counters: &Rc<Counters>) -> (bool, u64) {
-        self.choose_bad(round);
+        let old_copy = self.choose_bad(round);
         let silent = self.plan_silent(round);
+        let mut old_copy = old_copy.map(|copy| self.return_old(round, copy)).flatten();
         let driver = SimDriver::new(round.engine_seed, std::mem::take(&mut self.media));
         self.log.add(&driver);
         driver.watch_writes(Some(Box::new(|slot, at, bytes| {
             let leaks = bytes.chunks_exact(16).position(|piece| piece == PLAINTEXT_MARK);
             assert_eq!(leaks, None, "plaintext goes to disk {}, byte {at}", slot.0);
         })));
-        let returns = self.plan_trouble(&driver, round);
+        let returns = self.plan_trouble(&driver, round, old_copy.is_some());
         let silently = silent.map(|extents| allow_silent(&driver, extents));
         if round.trouble == Trouble::LostZeros {
             allow_lost_zeros(&driver);
@@ -255,16 +273,20 @@ impl World {
         };
         let change_cut = self.plan_change_cut(&driver, round);
         let runtime = Runtime::new(driver.clone());
+        let catalog = self.catalog.clone();
         let (cut, bad, may_hang) = (driver.clone(), self.bad, round.trouble == Trouble::Vanishing);
         let ended = runtime.block_on(async move {
             if let Some(change_cut) = change_cut {
                 spawn(change_cut).detach();
             }
             if let Some(after) = returns {
-                let driver = cut.clone();
+                let (driver, catalog) = (cut.clone(), catalog.clone());
                 let back = async move {
                     sleep(after).await;
-                    driver.bring_back(bad, None);
+                    if old_copy.is_some() {
+                        catalog.records().returned_as_old(bad);
+                    }
+                    driver.bring_back(bad, old_copy.take());
                 };
                 spawn(back).detach();
             }
@@ -291,36 +313,68 @@ impl World {
                 self.catalog.end_process();
             }
             false => {
-                self.media = driver.media_after_cut(round.unsynced);
-                self.changes_cut += u64::from(self.catalog.lose_power(round.unsynced));
+                self.media = driver.media_after_cuts(|disk| round.unsynced[disk]);
+                self.changes_cut += u64::from(self.catalog.lose_power(round.unsynced[0]));
             }
         }
+        self.settle_old(counters);
         for (disk, at, bytes) in silently.map(|list| list.take()).unwrap_or_default() {
             self.add_damage(disk, at, &bytes);
         }
         (!ended, driver.trace_hash())
     }
 
-    /// One disk at a time may fail; the next one only when it is all right again.
-    fn choose_bad(&mut self, round: &Round) {
+    /// One disk at a time may fail; the next one only when it is all right again. With the old copy of it that returns.
+    fn choose_bad(&mut self, round: &Round) -> Option<Media> {
         let mut records = self.catalog.records();
-        let failing = matches!(
-            round.trouble,
-            Trouble::Errors | Trouble::Vanishing | Trouble::Away(_) | Trouble::LostZeros
-        );
         let settled = |entry: &Entry| entry.phase == Phase::Ready && entry.is_whole();
-        self.troubled &= !(records.faults.is_empty() && records.live.values().all(settled));
+        let is_over = records.faults.is_empty() && records.live.values().all(settled);
+        // The catalog has not heard of an old copy that nobody has opened.
+        self.troubled &= !is_over || records.returned_old.is_some();
         if !self.troubled && self.damages.is_empty() {
             let mut rng = stream(self.seed, "bad", &[u64::from(round.number)]);
             self.bad = rng.below(self.stores.len() as u64) as usize;
         }
-        self.troubled |= failing;
+        let is_mirrored = |entry: &Entry| entry.in_sync().iter().any(|disk| *disk != self.bad);
+        let mut ready = records.live.values().filter(|entry| entry.phase == Phase::Ready);
+        let old_copy = match round.trouble {
+            Trouble::Old(_) if self.damages.is_empty() && ready.all(is_mirrored) => {
+                self.copies[self.bad].clone()
+            }
+            _ => None,
+        };
+        self.troubled |= match round.trouble {
+            Trouble::Errors | Trouble::Vanishing | Trouble::Away(_) | Trouble::LostZeros => true,
+            Trouble::Old(_) => old_copy.is_some(),
+            Trouble::None | Trouble::Silent => false,
+        };
         records.suspect = self.troubled.then_some(self.bad);
         drop(records);
         if round.is_last {
             // The operator has looked at the device.
             self.catalog.clear_faults();
         }
+        old_copy
+    }
+
+    /// An old copy returns before the round, or is to return in it: then it is given back.
+    fn return_old(&mut self, round: &Round, copy: Media) -> Option<Media> {
+        match round.trouble {
+            Trouble::Old(Some(_)) => Some(copy),
+            _ => {
+                self.media[self.bad] = copy;
+                self.catalog.records().returned_as_old(self.bad);
+                None
+            }
+        }
+    }
+
+    /// What a life has opened is no old copy any more: the catalog knows what it is worth.
+    fn settle_old(&mut self, counters: &Counters) {
+        let mut records = self.catalog.records();
+        let old = records.returned_old.filter(|disk| !counters.is_opened(*disk));
+        records.returned_old = old;
+        self.old_copies = records.returns;
     }
 
     /// In a quarter of the rounds with a cut, the power may go sooner: while the catalog is being changed.
@@ -344,7 +398,7 @@ impl World {
     }
 
     /// What goes wrong with the bad disk. If it is away, when it comes back.
-    fn plan_trouble(&self, driver: &Rc<SimDriver>, round: &Round) -> Option<Duration> {
+    fn plan_trouble(&self, driver: &Rc<SimDriver>, round: &Round, returns_old: bool) -> Option<Duration> {
         let mut rng = stream(self.seed, "devices", &[u64::from(round.number)]);
         let away = Duration::from_millis(1 + rng.below(50));
         let kind = rng.below(3);
@@ -371,6 +425,11 @@ impl World {
                 driver.vanish(self.bad);
                 return returns.map(Duration::from_millis);
             }
+            Trouble::Old(Some(after)) if returns_old => {
+                driver.vanish(self.bad);
+                return Some(Duration::from_millis(after));
+            }
+            Trouble::Old(_) => return None,
             Trouble::LostZeros => FaultPlan {
                 lost_writes: 2,
                 budget: 1 + rng.below(3) as u32,
@@ -432,6 +491,11 @@ impl World {
         }
         if self.faults.writes_beside_damage {
             self.damages.forget_limits();
+        }
+        let mut rng = stream(self.seed, "copies", &[u64::from(number)]);
+        if self.plan.lineage && self.damages.is_empty() && rng.one_in(3) {
+            let disk = rng.below(self.media.len() as u64) as usize;
+            self.copies[disk] = Some(self.media[disk].clone());
         }
     }
 }

@@ -210,9 +210,15 @@ impl SimDriver {
 
     /// The disks as the cut left them.
     pub fn media_after_cut(&self, cut: Cut) -> Vec<Media> {
+        self.media_after_cuts(|_| cut)
+    }
+
+    /// The same, each disk with a cut of its own.
+    pub fn media_after_cuts(&self, cut: impl Fn(usize) -> Cut) -> Vec<Media> {
         let mut state = self.state.borrow_mut();
         let State { rng, disks, .. } = &mut *state;
-        disks.iter().map(|disk| disk.after_cut(cut, rng)).collect()
+        let disks = disks.iter().enumerate();
+        disks.map(|(slot, disk)| disk.after_cut(cut(slot), rng)).collect()
     }
 
     /// The disks as reads see them now (after a clean close).
