@@ -58,8 +58,11 @@ struct Ledger {
     begun: Vec<Option<u64>>,
     /// What was read, and not yet seen in a reply: request's range, then places and bytes that are not zeros.
     reads: Vec<(u64, u64, Pieces)>,
-    statuses: Vec<(u64, u64, Vec<(u64, BlockKind)>)>,
+    statuses: Vec<(u64, u64, Runs)>,
 }
+
+/// Lengths and kinds.
+type Runs = Vec<(u64, BlockKind)>;
 
 /// Bytes at their offsets.
 pub(super) type Pieces = Vec<(u64, Vec<u8>)>;
@@ -339,7 +342,10 @@ impl Device for Rc<Fake> {
     }
 
     async fn write(&self, offset: u64, payload: PlainBuf, len: u32, fua: bool) -> Result<()> {
-        assert!(payload.0.len() as u64 % BLOCK == 0, "whole blocks of memory");
+        assert!(
+            payload.0.len().is_multiple_of(BLOCK as usize),
+            "whole blocks of memory"
+        );
         let payload_bytes = &payload.0[..len as usize];
         let call = Call {
             fua,
