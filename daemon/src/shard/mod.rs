@@ -10,7 +10,7 @@ mod door;
 mod gate;
 mod registry;
 mod switchboard;
-mod tls;
+pub(crate) mod tls;
 
 pub(crate) use door::DoorSpec;
 pub(crate) use gate::{Bound, Gate};
