@@ -7,7 +7,7 @@ SHELL := /bin/bash
 
 SAY := printf '\n== %s\n'
 
-.PHONY: help as-root setup build demo test test-full soak bench bench-recovery fmt clippy
+.PHONY: help as-root setup build demo test test-full soak fuzz bench bench-recovery fmt clippy
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,10 @@ soak: setup ## Crash simulation until stopped; SOAK="--from 1000 --crash-points 
 	@$(SAY) "building with optimisation (cargo build --release)"
 	cargo build --release --locked --package vold-tests --bin soak
 	target/release/soak $(SOAK)
+
+fuzz: setup ## Fuzz NBD and API, five minutes a target; FUZZ="--minutes 30 --target handshake" passes options
+	@$(SAY) "fuzzing, each target after the other (scripts/fuzz.sh)"
+	@scripts/fuzz.sh $(FUZZ)
 
 bench: setup ## Compare with qemu-storage-daemon in one run; BENCH="--rounds 5 --only randread" passes options
 	@$(SAY) "building with optimisation (cargo build --release)"

@@ -13,7 +13,7 @@ needed=(
     mke2fs:e2fsprogs e2fsck:e2fsprogs resize2fs:e2fsprogs blkid:util-linux
     # Virtual machines, and what vm-images/build.sh makes them of (the kernel itself it fetches, and does not install).
     qemu-system-x86_64:qemu-system-x86 busybox:busybox-static nbd-client:nbd-client tar:tar dpkg-deb:dpkg xz:xz-utils
-    losetup:mount mount:mount umount:mount setpriv:util-linux prlimit:util-linux cmp:diffutils jq:jq getconf:libc-bin
+    losetup:mount mount:mount umount:mount fsfreeze:util-linux setpriv:util-linux prlimit:util-linux cmp:diffutils jq:jq getconf:libc-bin
 )
 
 # Debian's PATH of ordinary users leaves these out, and mke2fs and losetup are there.

@@ -1,41 +1,13 @@
-//! `vold`: serves encrypted, mirrored volumes to virtual machines. This file only puts the parts together.
-
-mod api;
-mod args;
-mod check;
-mod clear_fault;
-mod config;
-mod data_dir;
-mod nbd;
-mod operations;
-mod process;
-mod rebuild;
-mod serve;
-mod shard;
+//! `vold`: serves encrypted, mirrored volumes to virtual machines.
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
-use args::{Args, Command};
-
-// Rules are broken on purpose in builds for one test, and in no daemon.
+// The doors of the fuzz targets lead past authorisation.
 const _: () = assert!(
-    !libvol::sabotage::BUILT_IN,
-    "vold must not be built with libvol's feature `sabotage`"
+    !cfg!(feature = "fuzzing"),
+    "the daemon must not be built with its feature `fuzzing`"
 );
 
 fn main() -> ExitCode {
-    // Wrong usage ends here, with status 2 and the usage on stderr.
-    let args = Args::parse();
-    let result = process::harden().and_then(|()| match args.command {
-        Command::Serve(serve) => serve::run(&serve).map(|()| ExitCode::SUCCESS),
-        Command::Check(check) => check::run(&check.data_dir, check.scope(), check.repair),
-        Command::RebuildCatalog(rebuild) => rebuild::run(&rebuild).map(|()| ExitCode::SUCCESS),
-        Command::ClearFault(clear) => clear_fault::run(&clear).map(|()| ExitCode::SUCCESS),
-    });
-    result.unwrap_or_else(|e| {
-        eprintln!("vold: {e}");
-        ExitCode::FAILURE
-    })
+    vold::main()
 }

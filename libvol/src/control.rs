@@ -107,6 +107,12 @@ pub struct Status {
     pub attachments: usize,
     /// Volumes being destroyed.
     pub destroying: usize,
+    /// NBD connections that serve requests.
+    pub connections: usize,
+    /// NBD connections in their handshake.
+    pub handshakes: usize,
+    /// Tasks of the data plane: its own, and those of connections and their requests.
+    pub tasks: usize,
     /// Lines about anything that needs an operator; empty when all is well.
     pub warnings: Vec<String>,
 }

@@ -62,8 +62,12 @@ pub const NBD_BYTES_IN_FLIGHT: usize = 64 << 20;
 pub const NBD_PAYLOAD_SECONDS: u64 = 60;
 /// Connections of one attachment.
 pub const NBD_CONNECTIONS_PER_ATTACHMENT: usize = 16;
-/// Connections over TCP that have not said who they are yet.
-pub const NBD_STRANGERS_MAX: usize = 128;
+/// Connections over TCP that have not said who they are yet: buffers of 32 KiB before TLS, of 96 KiB and rustls's own 64 KiB
+/// under it, so 40 MiB at the most.
+pub const NBD_STRANGERS_MAX: usize = 256;
+/// Of these, from one IPv4 address or one IPv6 network of 64 bits: a quarter, so that one host (or whoever is on it) leaves
+/// room for others, and more connections than a host's VMs begin at once.
+pub const NBD_STRANGERS_PER_ADDRESS: usize = 64;
 /// Connections over TCP of one customer's VMs.
 pub const NBD_CONNECTIONS_PER_CUSTOMER: usize = 512;
 /// Connections over TCP in all, those of strangers included.

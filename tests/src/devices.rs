@@ -95,6 +95,15 @@ impl Mounted {
         self.mount(&["-o", if read_only { "remount,ro" } else { "remount,rw" }]);
     }
 
+    /// Holds back whoever writes in it, until the value is dropped.
+    ///
+    /// # Panics
+    /// When it cannot be frozen.
+    pub fn freeze(&self) -> Frozen {
+        succeed(tool("fsfreeze").arg("--freeze").arg(&self.directory));
+        Frozen(self.directory.clone())
+    }
+
     fn mount(&self, options: &[&str]) {
         let output = tool("mount")
             .args(options)
@@ -107,6 +116,15 @@ impl Mounted {
             "{}",
             fail_hint("mount", &output, "mounted file systems are tested as root only")
         );
+    }
+}
+
+/// A file system that holds its writers back.
+pub struct Frozen(PathBuf);
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = tool("fsfreeze").arg("--unfreeze").arg(&self.0).status();
     }
 }
 

@@ -7,6 +7,8 @@
 //! | [`tools`] | external programs; a missing one fails with the command that installs it |
 //! | [`nbd`] | a small NBD client that knows which writes were acknowledged and which were flushed |
 //! | [`nbdkit`] | nbdkit's plugins and filters as an oracle |
+//! | [`tls`] | a daemon that serves over TLS, certificates of every kind, and a client under TLS |
+//! | [`load`] | what a daemon has open, holds in memory and carries |
 //! | [`raw`] | reads a raw store by docs/FORMAT.md alone, with another XTS |
 //! | [`content`] | seeded bytes to write and to find again |
 //! | [`devices`] | loop devices, mounted file systems |
@@ -19,10 +21,12 @@
 pub mod content;
 pub mod devices;
 pub mod guest;
+pub mod load;
 pub mod nbd;
 pub mod nbdkit;
 pub mod raw;
 pub mod sim;
+pub mod tls;
 pub mod tools;
 pub mod vold;
 

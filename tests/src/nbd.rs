@@ -1,4 +1,5 @@
-//! A small NBD client over a Unix socket: fixed newstyle, simple replies, any number of requests in flight.
+//! A small NBD client over a Unix socket, or any other stream: fixed newstyle, simple replies, any number of requests in
+//! flight.
 //!
 //! It exists because the suites must say things that ordinary clients do not: which bytes an option got in reply, which
 //! writes were acknowledged, which flush covered them. Numbers are the protocol's (NetworkBlockDevice/nbd, doc/proto.md).
@@ -17,10 +18,21 @@ pub const OPT_EXPORT_NAME: u32 = 1;
 pub const OPT_ABORT: u32 = 2;
 /// NBD_OPT_LIST.
 pub const OPT_LIST: u32 = 3;
+/// NBD_OPT_STARTTLS.
+pub const OPT_STARTTLS: u32 = 5;
 /// NBD_OPT_INFO.
 pub const OPT_INFO: u32 = 6;
 /// NBD_OPT_GO.
 pub const OPT_GO: u32 = 7;
+
+/// NBD_OPT_STRUCTURED_REPLY.
+pub const OPT_STRUCTURED_REPLY: u32 = 8;
+/// NBD_OPT_LIST_META_CONTEXT.
+pub const OPT_LIST_META_CONTEXT: u32 = 9;
+/// NBD_OPT_SET_META_CONTEXT.
+pub const OPT_SET_META_CONTEXT: u32 = 10;
+/// NBD_OPT_EXTENDED_HEADERS.
+pub const OPT_EXTENDED_HEADERS: u32 = 11;
 
 /// NBD_REP_ACK.
 pub const REP_ACK: u32 = 1;
@@ -32,6 +44,8 @@ pub const REP_INFO: u32 = 3;
 pub const REP_ERR_UNSUP: u32 = (1 << 31) | 1;
 /// NBD_REP_ERR_INVALID.
 pub const REP_ERR_INVALID: u32 = (1 << 31) | 3;
+/// NBD_REP_ERR_TLS_REQD.
+pub const REP_ERR_TLS_REQD: u32 = (1 << 31) | 5;
 /// NBD_REP_ERR_UNKNOWN.
 pub const REP_ERR_UNKNOWN: u32 = (1 << 31) | 6;
 /// NBD_REP_ERR_TOO_BIG.
@@ -103,7 +117,7 @@ pub struct OptionReply {
 }
 
 /// A connection before an export is chosen.
-pub struct Haggle(UnixStream);
+pub struct Haggle<S = UnixStream>(S);
 
 impl Haggle {
     /// Connects and exchanges greetings (fixed newstyle, no zeroes).
@@ -129,19 +143,36 @@ impl Haggle {
             haggle.0.read_exact(&mut zeroes)?;
             assert_eq!(zeroes, [0; 124]);
         }
-        Ok(Client {
-            stream: haggle.0,
-            size: u64::from_be_bytes(answer[..8].try_into().expect("8 bytes")),
-            flags: u16::from_be_bytes(answer[8..].try_into().expect("2 bytes")),
-            next_cookie: 0,
-            in_flight: HashMap::new(),
-        })
+        Ok(Client::over(
+            haggle.0,
+            u64::from_be_bytes(answer[..8].try_into().expect("8 bytes")),
+            u16::from_be_bytes(answer[8..].try_into().expect("2 bytes")),
+        ))
     }
 
     fn greet(socket: &Path, client_flags: u32) -> io::Result<Self> {
-        let mut stream = UnixStream::connect(socket)?;
+        let stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
+        Self::greet_over(stream, client_flags)
+    }
+}
+
+impl<S: Read + Write> Haggle<S> {
+    /// Exchanges greetings over a new connection.
+    ///
+    /// # Errors
+    /// The stream's; a server that hangs up.
+    pub fn over(stream: S) -> io::Result<Self> {
+        Self::greet_over(stream, NEWSTYLE_NO_ZEROES)
+    }
+
+    /// Goes on over a connection that has its greeting behind it.
+    pub fn go_on(stream: S) -> Self {
+        Self(stream)
+    }
+
+    fn greet_over(mut stream: S, client_flags: u32) -> io::Result<Self> {
         let mut greeting = [0; 18];
         stream.read_exact(&mut greeting)?;
         assert_eq!(&greeting[..8], b"NBDMAGIC");
@@ -161,8 +192,13 @@ impl Haggle {
     }
 
     /// The socket itself.
-    pub fn into_stream(self) -> UnixStream {
+    pub fn into_stream(self) -> S {
         self.0
+    }
+
+    /// The socket itself, lent.
+    pub fn stream(&mut self) -> &mut S {
+        &mut self.0
     }
 
     /// Sends an option.
@@ -170,11 +206,7 @@ impl Haggle {
     /// # Errors
     /// The socket's.
     pub fn send(&mut self, option: u32, data: &[u8]) -> io::Result<()> {
-        let mut bytes = IHAVEOPT.to_vec();
-        bytes.extend(option.to_be_bytes());
-        bytes.extend((data.len() as u32).to_be_bytes());
-        bytes.extend(data);
-        self.0.write_all(&bytes)
+        self.0.write_all(&option_bytes(option, data))
     }
 
     /// One reply.
@@ -233,7 +265,7 @@ impl Haggle {
     ///
     /// # Errors
     /// The refusing reply, or the socket's error.
-    pub fn go(mut self, export: &str) -> Result<Client, GoError> {
+    pub fn go(mut self, export: &str) -> Result<Client<S>, GoError> {
         let replies = self.ask(OPT_GO, &go_data(export)).map_err(GoError::Connection)?;
         let last = replies.last().expect("a final reply");
         if last.kind != REP_ACK {
@@ -243,14 +275,44 @@ impl Haggle {
             .iter()
             .find(|reply| reply.kind == REP_INFO && reply.data[..2] == [0, 0])
             .expect("GO answers with the export's size and flags");
-        Ok(Client {
-            stream: self.0,
-            size: u64::from_be_bytes(info.data[2..10].try_into().expect("8 bytes")),
-            flags: u16::from_be_bytes(info.data[10..12].try_into().expect("2 bytes")),
-            next_cookie: 0,
-            in_flight: HashMap::new(),
-        })
+        Ok(Client::over(
+            self.0,
+            u64::from_be_bytes(info.data[2..10].try_into().expect("8 bytes")),
+            u16::from_be_bytes(info.data[10..12].try_into().expect("2 bytes")),
+        ))
     }
+}
+
+/// An option as it goes over the wire.
+pub fn option_bytes(option: u32, data: &[u8]) -> Vec<u8> {
+    let mut bytes = IHAVEOPT.to_vec();
+    bytes.extend(option.to_be_bytes());
+    bytes.extend((data.len() as u32).to_be_bytes());
+    bytes.extend(data);
+    bytes
+}
+
+/// A request as it goes over the wire, without its payload.
+pub fn request_bytes(command: u16, flags: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
+    let mut bytes = REQUEST_MAGIC.to_be_bytes().to_vec();
+    bytes.extend(flags.to_be_bytes());
+    bytes.extend(command.to_be_bytes());
+    bytes.extend(cookie.to_be_bytes());
+    bytes.extend(offset.to_be_bytes());
+    bytes.extend(len.to_be_bytes());
+    bytes
+}
+
+/// Data of LIST_META_CONTEXT and SET_META_CONTEXT.
+pub fn contexts_data(export: &str, queries: &[&str]) -> Vec<u8> {
+    let mut data = (export.len() as u32).to_be_bytes().to_vec();
+    data.extend(export.as_bytes());
+    data.extend((queries.len() as u32).to_be_bytes());
+    for query in queries {
+        data.extend((query.len() as u32).to_be_bytes());
+        data.extend(query.as_bytes());
+    }
+    data
 }
 
 /// Data of GO and INFO: the name, and no particular information asked.
@@ -271,8 +333,8 @@ pub enum GoError {
 }
 
 /// A connection to an export.
-pub struct Client {
-    stream: UnixStream,
+pub struct Client<S = UnixStream> {
+    stream: S,
     size: u64,
     flags: u16,
     next_cookie: u64,
@@ -305,6 +367,18 @@ impl Client {
             .go(&export)
             .unwrap_or_else(|e| panic!("{uri}: {e:?}"))
     }
+}
+
+impl<S: Read + Write> Client<S> {
+    fn over(stream: S, size: u64, flags: u16) -> Self {
+        Self {
+            stream,
+            size,
+            flags,
+            next_cookie: 0,
+            in_flight: HashMap::new(),
+        }
+    }
 
     /// Size in bytes.
     pub fn size(&self) -> u64 {
@@ -335,13 +409,7 @@ impl Client {
     ) -> io::Result<u64> {
         let cookie = self.next_cookie;
         self.next_cookie += 1;
-        let mut bytes = Vec::with_capacity(28 + payload.len());
-        bytes.extend(REQUEST_MAGIC.to_be_bytes());
-        bytes.extend(flags.to_be_bytes());
-        bytes.extend(command.to_be_bytes());
-        bytes.extend(cookie.to_be_bytes());
-        bytes.extend(offset.to_be_bytes());
-        bytes.extend(len.to_be_bytes());
+        let mut bytes = request_bytes(command, flags, cookie, offset, len);
         bytes.extend(payload);
         self.stream.write_all(&bytes)?;
         self.in_flight
@@ -445,7 +513,12 @@ impl Client {
     }
 
     /// The socket itself, for bytes that may be anything.
-    pub fn into_stream(self) -> UnixStream {
+    pub fn into_stream(self) -> S {
         self.stream
+    }
+
+    /// The socket itself, lent.
+    pub fn stream(&mut self) -> &mut S {
+        &mut self.stream
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 /// Debian packages of the programs that the suites call.
-const PACKAGES: [(&str, &str); 23] = [
+const PACKAGES: [(&str, &str); 24] = [
     ("fio", "fio"),
     ("nbdinfo", "libnbd-bin"),
     ("nbdcopy", "libnbd-bin"),
@@ -25,6 +25,7 @@ const PACKAGES: [(&str, &str); 23] = [
     ("losetup", "mount"),
     ("mount", "mount"),
     ("umount", "mount"),
+    ("fsfreeze", "util-linux"),
     ("setpriv", "util-linux"),
     ("prlimit", "util-linux"),
     ("cmp", "diffutils"),

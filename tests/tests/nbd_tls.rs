@@ -2,86 +2,13 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use vold_tests::content::bytes;
 use vold_tests::nbd::Client;
-use vold_tests::tools::{output, run, same_bytes, tool};
+use vold_tests::tls::Tls;
+use vold_tests::tools::{run, same_bytes, tool};
 use vold_tests::{Vold, wait_for};
-
-/// A daemon that listens, its authority's directory, and the port.
-struct Tls {
-    vold: Vold,
-    port: u16,
-}
-
-impl Tls {
-    /// `acme/vol` on `vm1`, `globex/vol` on `vm2`; certificates for both.
-    fn start() -> Self {
-        let mut vold = Vold::not_started(None);
-        let pki = vold.path("pki");
-        let this = |vold: &Vold, words: &str| vold.ctl(words);
-        this(
-            &vold,
-            &format!(
-                "tls init --dir {} --server localhost --server 127.0.0.1",
-                pki.display()
-            ),
-        );
-        let mut command = vold.serve_command();
-        command.args(["--listen", "127.0.0.1:0", "--tls-dir"]).arg(&pki);
-        vold.restart_with(command);
-        vold.with_volume(1, "64M", "8M");
-        vold.ctl("customer create globex");
-        vold.ctl("vm create vm2 --customer globex");
-        vold.ctl("volume create globex/vol --size 8M");
-        vold.attach("globex/vol", "vm2");
-        let attached = vold.ctl("attach acme/vol --vm vm1");
-        let uri = attached["over_tls"][0]["uri"].as_str().unwrap();
-        let port = uri.split(':').next_back().unwrap().split('/').next().unwrap();
-        let tls = Self {
-            port: port.parse().unwrap(),
-            vold,
-        };
-        tls.issue("acme", "vm1");
-        tls.issue("globex", "vm2");
-        tls
-    }
-
-    fn certificate(&self, customer: &str, vm: &str) -> PathBuf {
-        self.vold.path(&format!("{customer}-{vm}"))
-    }
-
-    fn issue(&self, customer: &str, vm: &str) {
-        let (pki, out) = (self.vold.path("pki"), self.certificate(customer, vm));
-        self.vold.ctl(&format!(
-            "tls issue --dir {} --customer {customer} --vm {vm} --out {}",
-            pki.display(),
-            out.display()
-        ));
-    }
-
-    fn uri(&self, certificate: &Path, export: &str) -> String {
-        format!(
-            "nbds://localhost:{}/{export}?tls-certificates={}",
-            self.port,
-            certificate.display()
-        )
-    }
-
-    /// Whether the export can be opened with the certificate, and what is said if not.
-    fn opens(&self, certificate: &Path, export: &str) -> Result<(), String> {
-        let said = output(tool("nbdinfo").args(["--size", &self.uri(certificate, export)]));
-        match said.status.success() {
-            true => {
-                assert_eq!(String::from_utf8_lossy(&said.stdout).trim(), "8388608");
-                Ok(())
-            }
-            false => Err(String::from_utf8_lossy(&said.stderr).into_owned()),
-        }
-    }
-}
 
 #[test]
 fn each_vm_opens_and_lists_its_own_export_and_no_other_is_told_from_a_missing_one() {
@@ -156,16 +83,7 @@ fn no_wrong_expired_revoked_or_foreign_certificate_gets_anywhere() {
         tls.opens(&tls.certificate(customer, vm), "acme/vol").unwrap_err();
     }
     // Of another authority, with the right name, and the right authority's certificate beside it.
-    let (other, out) = (tls.vold.path("other"), tls.vold.path("forged"));
-    tls.vold
-        .ctl(&format!("tls init --dir {} --server localhost", other.display()));
-    tls.vold.ctl(&format!(
-        "tls issue --dir {} --customer acme --vm vm1 --out {}",
-        other.display(),
-        out.display()
-    ));
-    std::fs::copy(acme.join("ca-cert.pem"), out.join("ca-cert.pem")).unwrap();
-    tls.opens(&out, "acme/vol").unwrap_err();
+    tls.opens(&tls.forged("acme", "vm1"), "acme/vol").unwrap_err();
     // None at all.
     let none = tls.vold.path("none");
     std::fs::create_dir(&none).unwrap();
@@ -173,19 +91,12 @@ fn no_wrong_expired_revoked_or_foreign_certificate_gets_anywhere() {
     tls.opens(&none, "acme/vol").unwrap_err();
     // Expired: good for no day.
     let expired = tls.vold.path("expired");
-    tls.vold.ctl(&format!(
-        "tls issue --dir {} --customer acme --vm vm1 --out {} --days 0",
-        tls.vold.path("pki").display(),
-        expired.display()
-    ));
+    tls.issue_by(&tls.pki(), "acme", "vm1", &expired, "--days 0");
     std::thread::sleep(Duration::from_secs(1));
     tls.opens(&expired, "acme/vol").unwrap_err();
     tls.opens(&acme, "acme/vol").unwrap();
     // Revoked, without a restart; the other VM's goes on working.
-    tls.vold.ctl(&format!(
-        "tls revoke --dir {} --customer acme --vm vm1",
-        tls.vold.path("pki").display()
-    ));
+    tls.revoke("acme", "vm1");
     tls.opens(&acme, "acme/vol").unwrap_err();
     tls.opens(&tls.certificate("globex", "vm2"), "globex/vol")
         .unwrap();

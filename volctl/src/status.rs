@@ -64,6 +64,13 @@ impl Human for Status {
                     self.volumes, self.attachments, self.destroying
                 )),
             ),
+            (
+                "NBD",
+                Some(format!(
+                    "{} connections, {} in their handshake; {} tasks",
+                    self.connections, self.handshakes, self.tasks
+                )),
+            ),
         ]);
         if !self.stores.is_empty() {
             text += &format!("\n\n{}", rows(&self.stores));
@@ -94,6 +101,9 @@ mod tests {
             volumes: 4,
             attachments: 1,
             destroying: 0,
+            connections: 5,
+            handshakes: 0,
+            tasks: 21,
             warnings: vec![],
         }
     }
@@ -105,7 +115,8 @@ vold        0.1.0, up 1 min 1 s
 I/O engine  io_uring, 2 shards
 Customers   2
 VMs         3
-Volumes     4, 1 attached, 0 being destroyed";
+Volumes     4, 1 attached, 0 being destroyed
+NBD         5 connections, 0 in their handshake; 21 tasks";
         assert_eq!(status().human(), expected);
     }
 

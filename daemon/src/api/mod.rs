@@ -9,6 +9,8 @@
 //!
 //! An operation runs as a task of its own: a caller who hangs up does not stop it half-way.
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 mod limit;
 mod peer;
 mod reply;

@@ -26,6 +26,12 @@ impl Connected<IncomingStream<'_, Limited>> for Peer {
 }
 
 impl Peer {
+    /// Whoever a fuzz target says that calls.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(super) fn said_to_be(uid: Option<u32>) -> Self {
+        Self { uid }
+    }
+
     /// The caller's uid.
     pub(super) fn uid(self) -> u32 {
         self.uid.expect("admitted only with a uid")

@@ -10,14 +10,17 @@ use std::io::{self, IoSlice, Read, Write};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::time::Duration;
 
 use libvol::buf::Buf;
 use libvol::runtime::sync::Semaphore;
-use libvol::runtime::{SendPart, net::Stream};
+use libvol::runtime::{SendPart, net::Stream, timeout};
 use rustls::ServerConnection;
 
 /// Ciphertext received at once: four full records.
 const CIPHER_BYTES: usize = 64 << 10;
+/// How long a last word may take to leave.
+pub(super) const GOODBYE: Duration = Duration::from_secs(1);
 /// Plaintext sealed before it is sent.
 const SEAL_BYTES: usize = 256 << 10;
 
@@ -250,11 +253,12 @@ impl Link {
         }
     }
 
-    /// Says goodbye under TLS, so that a peer can tell an end from a cut. What cannot be said at once is left out.
+    /// Says goodbye under TLS, so that a peer can tell an end from a cut. One that takes nothing does not keep the connection
+    /// by that.
     pub(super) async fn say_goodbye(&self) {
         if let Some(tls) = &self.tls {
             tls.session.borrow_mut().send_close_notify();
-            let _ = self.send_sealed(tls).await;
+            let _ = timeout(GOODBYE, self.send_sealed(tls)).await;
         }
     }
 

@@ -27,6 +27,8 @@ mod session;
 mod transmission;
 mod window;
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 #[cfg(test)]
 mod tests;
 
@@ -114,6 +116,14 @@ async fn serve_device<D: Device>(
 pub(crate) async fn go_on(
     moving: Moving,
     exports: Rc<dyn Exports>,
+    sessions: Rc<Sessions>,
+) -> Option<(VolumeId, Moving)> {
+    go_on_device(moving, exports, sessions).await
+}
+
+async fn go_on_device<D: Device>(
+    moving: Moving,
+    exports: Rc<dyn Exports<D>>,
     sessions: Rc<Sessions>,
 ) -> Option<(VolumeId, Moving)> {
     let mut inbox = Inbox::new(Link::attach(moving.link), handshake::INBOX_BYTES);

@@ -3,22 +3,30 @@
 //! Invariants: at most [`NBD_CONNECTIONS_PER_ATTACHMENT`] transmit at once; after [`Sessions::end_all`] has begun
 //! nothing new starts, and when it returns nothing runs (I3); while a connection that has gone still has requests
 //! running, none of the others starts a request, so no write of a lost connection lands after a newer one that was
-//! acknowledged. Kept by [`Seat`]: every connection holds one from before its first byte until its last request
-//! has ended. They share one [`Budget`] of bytes in flight.
+//! acknowledged. That it has gone is looked up before a request starts, once a turn: the driver tells it as well, and may
+//! tell it after it has told what came later. Kept by [`Seat`]: every connection holds one from before its first byte until
+//! its last request has ended. They share one [`Budget`] of bytes in flight.
 
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use slab::Slab;
 
 use libvol::limits::NBD_CONNECTIONS_PER_ATTACHMENT;
-use libvol::runtime::{net::Stream, sync::Notify, timeout};
+use libvol::runtime::{net::Stream, sync::Notify, timeout, turn_number};
 
 use super::window::Budget;
 
 /// Sockets of one attachment, those in the handshake included: as many again may be negotiating.
 const SOCKETS_MAX: usize = 2 * NBD_CONNECTIONS_PER_ATTACHMENT;
+
+/// For a poll that does not wait.
+const AT_ONCE: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 0,
+};
 
 /// See the module's text.
 pub(crate) struct Sessions {
@@ -27,6 +35,8 @@ pub(crate) struct Sessions {
     transmitting: Cell<usize>,
     /// Connections that have gone and still have requests running.
     leaving: Cell<usize>,
+    /// The turn in which it was last looked up who has gone.
+    looked: Cell<u64>,
     changed: Notify,
     budget: Rc<Budget>,
 }
@@ -50,6 +60,8 @@ struct Entry {
 pub(super) trait Member {
     /// Ends the conversation: nothing more is received, started or sent.
     fn cut(&self);
+    /// The client has hung up. What it has sent may be older than what it sends over another connection next.
+    fn hung_up(&self);
     /// Starts what had to wait for a sibling.
     fn resume(self: Rc<Self>);
     /// Whether every request has been answered and its reply sent.
@@ -64,6 +76,7 @@ impl Sessions {
             members: RefCell::default(),
             transmitting: Cell::new(0),
             leaving: Cell::new(0),
+            looked: Cell::new(0),
             changed: Notify::default(),
             budget: Rc::default(),
         })
@@ -72,6 +85,11 @@ impl Sessions {
     /// Connections that are past their handshake and whose last request has not ended.
     pub(crate) fn connections(&self) -> usize {
         self.transmitting.get()
+    }
+
+    /// Connections that have not agreed on an export yet.
+    pub(crate) fn handshakes(&self) -> usize {
+        self.members.borrow().len() - self.transmitting.get()
     }
 
     /// Connections that have gone and still have requests running.
@@ -128,6 +146,35 @@ impl Sessions {
         })
     }
 
+    /// Learns who has hung up. What is known of this turn's messages came before, so whoever hung up before sending one of
+    /// them over another connection is found.
+    fn look_who_has_gone(&self) {
+        let now = turn_number();
+        if self.transmitting.get() < 2 || self.looked.replace(now) == now {
+            return;
+        }
+        let gone: Vec<Rc<dyn Member>> = {
+            let members = self.members.borrow();
+            let transmitting = || {
+                members
+                    .iter()
+                    .filter_map(|(_, entry)| Some((entry, entry.member.as_ref()?)))
+            };
+            let mut fds: Vec<PollFd<'_>> = transmitting()
+                .map(|(entry, _)| PollFd::new(entry.stream.socket(), PollFlags::RDHUP))
+                .collect();
+            // A poll that fails tells nothing; the driver will.
+            if !poll(&mut fds, Some(&AT_ONCE)).is_ok_and(|found| found > 0) {
+                return;
+            }
+            let found = transmitting()
+                .zip(&fds)
+                .filter(|(_, fd)| !fd.revents().is_empty());
+            found.filter_map(|((_, member), _)| member.upgrade()).collect()
+        };
+        gone.iter().for_each(|member| member.hung_up());
+    }
+
     fn members(&self) -> Vec<Rc<dyn Member>> {
         let members = self.members.borrow();
         let present = members.iter().filter_map(|(_, entry)| entry.member.as_ref());
@@ -173,6 +220,7 @@ impl Seat {
 
     /// Whether a request may start: the attachment lives, and no sibling that has gone still has one running.
     pub(super) fn may_start(&self) -> bool {
+        self.sessions.look_who_has_gone();
         let alone = self.sessions.leaving.get() == 0 || self.leaves.get();
         alone && self.sessions.phase.get() != Phase::Ended
     }

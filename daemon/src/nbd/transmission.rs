@@ -307,14 +307,6 @@ impl<D: Device> Connection<D> {
         self.running.set(self.running.get() - 1);
     }
 
-    /// The client has hung up. What it has sent may be older than what it sends over another connection next.
-    fn hung_up(&self) {
-        if self.receiving.get() {
-            self.seat.leave();
-        }
-        self.window.close();
-    }
-
     /// A request has left the device.
     fn finished(self: &Rc<Self>) {
         self.running.set(self.running.get() - 1);
@@ -473,6 +465,13 @@ impl<D: Device> Member for Connection<D> {
         self.outbox.discard();
         self.link.shutdown();
         self.stop_receiving();
+    }
+
+    fn hung_up(&self) {
+        if self.receiving.get() {
+            self.seat.leave();
+        }
+        self.window.close();
     }
 
     fn resume(self: Rc<Self>) {

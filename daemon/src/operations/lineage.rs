@@ -22,7 +22,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use libvol::catalog::{Loss, OldCopy, StoreRecord, VolumeRecord};
 use libvol::disk::DiskFile;
-use libvol::ids::{Incarnation, StoreId, VolumeId};
+use libvol::ids::{Incarnation, StoreId};
 use libvol::limits::LINEAGE_FLOOR_SECONDS;
 use libvol::store::{self, Expect, Found, Renewal, StoreHandle};
 use libvol::{Error, Result};
@@ -127,11 +127,10 @@ impl Operations {
     /// Destroys once more what was destroyed before and is on a store again, or still: an old copy may lack tombstones, or
     /// have been taken in the middle of a destruction. Scrubbing goes on in the background.
     async fn destroy_again_on(&self, id: StoreId, handle: &StoreHandle) -> Result<()> {
-        let asked = handle.clone();
         let (live, remains) = self
-            .shards
-            .of_store(id)
-            .call(move |_| async move { Ok((asked.volumes().await?, asked.remains().await?)) })
+            .ask_store(handle, |store| async move {
+                Ok((store.volumes().await?, store.remains().await?))
+            })
             .await?;
         for volume in live.iter().chain(&remains) {
             if !self.look(|view| view.is_gone_from(*volume, id))? {
@@ -140,17 +139,14 @@ impl Operations {
             if live.contains(volume) {
                 tracing::error!(store = %handle.info().name, %volume, "was destroyed and is there again: it is destroyed once more");
             }
-            self.destroy_on(handle, *volume).await?;
+            let volume = *volume;
+            self.ask_store(
+                handle,
+                move |store| async move { store.destroy_volume(volume).await },
+            )
+            .await?;
         }
         Ok(())
-    }
-
-    async fn destroy_on(&self, handle: &StoreHandle, volume: VolumeId) -> Result<()> {
-        let store = handle.clone();
-        self.shards
-            .of_store(handle.info().id)
-            .call(move |_| async move { store.destroy_volume(volume).await })
-            .await
     }
 
     /// Keeps the catalog's floors up with the stores.

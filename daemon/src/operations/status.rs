@@ -1,5 +1,7 @@
 //! The daemon at a glance.
 
+use std::sync::PoisonError;
+
 use libvol::Result;
 use libvol::catalog::{
     AttachmentRecord, CustomerRecord, DestroyRecord, Phase, ScrubRecord, VmRecord, VolumeRecord,
@@ -8,6 +10,7 @@ use libvol::control::{self, StoreState};
 use libvol::store::{Severity, StoreHandle};
 
 use super::{Operations, Seat};
+use crate::shard::{Gate, Load};
 
 impl Operations {
     /// Version and engine.
@@ -68,6 +71,22 @@ impl Operations {
             )
         };
         Ok(out.map(line).collect())
+    }
+
+    /// What all threads of the data plane carry.
+    async fn load(&self) -> Result<Load> {
+        let gate = {
+            let gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner);
+            gate.as_ref().map(Gate::load)
+        };
+        let mut load = match gate {
+            Some(gate) => gate.await?,
+            None => Load::default(),
+        };
+        for shard in self.shards.iter() {
+            load += shard.load().await?;
+        }
+        Ok(load)
     }
 
     /// How many stores there are.
@@ -169,6 +188,7 @@ impl Operations {
                 ));
             }
         }
+        let load = self.load().await?;
         Ok(control::Status {
             version: env!("CARGO_PKG_VERSION").into(),
             uptime_seconds: self.started.elapsed().as_secs(),
@@ -183,6 +203,9 @@ impl Operations {
                 .iter()
                 .filter(|d| d.finished_unix_seconds.is_none())
                 .count(),
+            connections: load.connections,
+            handshakes: load.handshakes,
+            tasks: load.tasks,
             warnings,
         })
     }

@@ -108,6 +108,11 @@ impl Door {
         self.sessions.connections()
     }
 
+    /// Connections in their handshake.
+    pub(crate) fn handshakes(&self) -> usize {
+        self.sessions.handshakes()
+    }
+
     /// Accepts nobody any more and ends all sessions; when it returns, none of their requests is in flight.
     pub(crate) async fn close(&self, manner: Manner) {
         self.closed.set(true);

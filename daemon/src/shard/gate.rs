@@ -2,7 +2,8 @@
 //! behind them; who has named a volume that it may see goes on at that volume's door, on its shard.
 
 use std::cell::{Cell, RefCell};
-use std::net::{SocketAddr, TcpListener};
+use std::future::Future;
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,12 +12,13 @@ use libvol::disk::EngineChoice;
 use libvol::runtime::net::{Listener, Stream};
 use libvol::runtime::{sleep, spawn};
 use libvol::{Error, Kind, Result};
+use rustix::net::getpeername;
 use rustix::net::sockopt::set_tcp_nodelay;
 
 use super::door::Seldom;
 use super::switchboard::{Guest, Lobby, Switchboard};
 use super::tls::{TlsFiles, identity};
-use super::{Shard, Shards};
+use super::{Load, Shard, Shards};
 use crate::nbd;
 
 /// Listening, and not serving yet.
@@ -63,6 +65,7 @@ impl Bound {
 pub(crate) struct Gate {
     shard: Shard,
     addresses: Vec<SocketAddr>,
+    switchboard: Arc<Switchboard>,
     stopping: tokio::sync::watch::Sender<bool>,
 }
 
@@ -89,10 +92,11 @@ impl Gate {
         let addresses = bound.addresses();
         let (stopping, mut stopped) = tokio::sync::watch::channel(false);
         let switchboard = shards.switchboard();
+        let of_porch = switchboard.clone();
         shard
             .call(move |_| async move {
                 let porch = Rc::new(Porch {
-                    switchboard,
+                    switchboard: of_porch,
                     tls: RefCell::new(tls),
                     closed: Cell::new(false),
                     refused: Seldom::default(),
@@ -118,6 +122,7 @@ impl Gate {
         Ok(Self {
             shard,
             addresses,
+            switchboard,
             stopping,
         })
     }
@@ -125,6 +130,17 @@ impl Gate {
     /// Where it listens.
     pub(crate) fn addresses(&self) -> &[SocketAddr] {
         &self.addresses
+    }
+
+    /// What its thread carries.
+    pub(crate) fn load(&self) -> impl Future<Output = Result<Load>> + use<> {
+        let (load, strangers) = (self.shard.load(), self.switchboard.strangers());
+        async move {
+            Ok(Load {
+                handshakes: strangers,
+                ..load.await?
+            })
+        }
     }
 
     /// Accepts nobody any more. Connections that have not named a volume end with the thread.
@@ -150,11 +166,13 @@ impl Porch {
     }
 
     fn receive(self: &Rc<Self>, stream: Stream) {
-        let Some(ticket) = self.switchboard.stranger() else {
+        // Without an address it has gone already.
+        let Some(from) = peer_address(&stream) else { return };
+        let Some(ticket) = self.switchboard.stranger(from) else {
             self.full.say(|times| {
                 tracing::warn!(
                     times,
-                    "nbd: a connection over TCP is dropped: too many have not said who they are"
+                    "nbd: a connection over TCP from {from} is dropped: too many, of that address or in all, have not said who they are"
                 );
             });
             return;
@@ -204,4 +222,9 @@ impl Porch {
         }
         admitted
     }
+}
+
+fn peer_address(stream: &Stream) -> Option<IpAddr> {
+    let address = getpeername(stream.socket()).ok()??;
+    SocketAddr::try_from(address).ok().map(|address| address.ip())
 }

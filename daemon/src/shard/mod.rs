@@ -10,11 +10,11 @@ mod door;
 mod gate;
 mod registry;
 mod switchboard;
-mod tls;
+pub(crate) mod tls;
 
 pub(crate) use door::DoorSpec;
 pub(crate) use gate::{Bound, Gate};
-pub(crate) use registry::{Mended, OpenReplica, OpenSpec, Registry, Report};
+pub(crate) use registry::{Load, Mended, OpenReplica, OpenSpec, Registry, Report};
 pub(crate) use switchboard::Switchboard;
 pub(crate) use tls::{TlsFiles, Versions};
 
@@ -173,6 +173,19 @@ impl Shard {
             thread: Some(thread),
         };
         Ok((shard, name, line))
+    }
+
+    /// What it carries.
+    ///
+    /// # Errors
+    /// `Unavailable` when it has ended.
+    pub(crate) fn load(&self) -> impl Future<Output = Result<Load>> + use<> {
+        let remote = self.remote.clone();
+        async move {
+            remote
+                .call(|| async { registry_here().map_or_else(Load::default, |registry| registry.load()) })
+                .await
+        }
     }
 
     /// Ends its thread.

@@ -4,11 +4,13 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::ops::AddAssign;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use libvol::crypto::seal::Sealer;
 use libvol::ids::{DatasetId, Epoch, KeyVersion, StoreId, VolumeId};
+use libvol::runtime::live_tasks;
 use libvol::secret::Secret;
 use libvol::store::{Member, StoreHandle, StoreIo};
 use libvol::volume::{
@@ -78,6 +80,25 @@ impl Report {
     pub(crate) fn is_busy(&self) -> bool {
         let catches_up = |replica: &ReplicaStatus| replica.state == Member::Resyncing;
         self.stats.recovering_extents > 0 || self.replicas.iter().any(catches_up)
+    }
+}
+
+/// What a thread of the data plane carries at a moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Load {
+    /// Connections that serve requests.
+    pub(crate) connections: usize,
+    /// Connections in their handshake.
+    pub(crate) handshakes: usize,
+    /// Tasks.
+    pub(crate) tasks: usize,
+}
+
+impl AddAssign for Load {
+    fn add_assign(&mut self, other: Self) {
+        self.connections += other.connections;
+        self.handshakes += other.handshakes;
+        self.tasks += other.tasks;
     }
 }
 
@@ -319,6 +340,20 @@ impl Registry {
             connections: entry.door.as_ref().map_or(0, |door| door.connections()),
             served: entry.door.is_some(),
         })
+    }
+
+    /// What its thread carries; asked by a task that does not count.
+    pub(crate) fn load(&self) -> Load {
+        let volumes = self.volumes.borrow();
+        let mut load = Load {
+            tasks: live_tasks() - 1,
+            ..Load::default()
+        };
+        for door in volumes.values().filter_map(|entry| entry.door.as_ref()) {
+            load.connections += door.connections();
+            load.handshakes += door.handshakes();
+        }
+        load
     }
 
     /// Goes on with the integrity walk of an open volume; `None` when it is not open.

@@ -5,11 +5,15 @@
 //! attachments; who asks a door is judged by it again.
 
 use std::collections::{BTreeMap, HashMap};
+use std::hash::Hash;
+use std::net::{IpAddr, Ipv6Addr};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use libvol::ids::{Name, VolumeId};
-use libvol::limits::{NBD_CONNECTIONS_MAX, NBD_CONNECTIONS_PER_CUSTOMER, NBD_STRANGERS_MAX};
+use libvol::limits::{
+    NBD_CONNECTIONS_MAX, NBD_CONNECTIONS_PER_CUSTOMER, NBD_STRANGERS_MAX, NBD_STRANGERS_PER_ADDRESS,
+};
 use libvol::runtime::Remote;
 use libvol::tenant::VmIdentity;
 
@@ -27,6 +31,8 @@ struct Book {
     /// The shards' threads.
     shards: Vec<Remote>,
     strangers: usize,
+    /// Where they come from.
+    strangers_from: HashMap<Network, usize>,
     guests: usize,
     by_customer: HashMap<Name, usize>,
 }
@@ -44,23 +50,53 @@ pub(crate) struct Guest {
 /// A place among the connections over TCP, given back on drop.
 pub(crate) struct Ticket {
     switchboard: Arc<Switchboard>,
-    customer: Option<Name>,
+    whose: Whose,
+}
+
+enum Whose {
+    Stranger(Network),
+    Customer(Name),
+}
+
+/// What counts as one address: whoever has an IPv6 address has the 2^64 of its network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Network(IpAddr);
+
+impl Network {
+    fn of(address: IpAddr) -> Self {
+        // A socket for both families shows IPv4 as ::ffff:a.b.c.d.
+        Self(match address.to_canonical() {
+            IpAddr::V6(v6) => {
+                let prefix = v6.to_bits() >> 64 << 64;
+                IpAddr::V6(Ipv6Addr::from_bits(prefix))
+            }
+            v4 => v4,
+        })
+    }
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
         let mut book = self.switchboard.book();
-        match &self.customer {
-            None => book.strangers -= 1,
-            Some(customer) => {
-                book.guests -= 1;
-                if let Some(count) = book.by_customer.get_mut(customer) {
-                    *count -= 1;
-                    if *count == 0 {
-                        book.by_customer.remove(customer);
-                    }
-                }
+        match &self.whose {
+            Whose::Stranger(network) => {
+                book.strangers -= 1;
+                one_less(&mut book.strangers_from, network);
             }
+            Whose::Customer(customer) => {
+                book.guests -= 1;
+                one_less(&mut book.by_customer, customer);
+            }
+        }
+    }
+}
+
+/// What has none is not kept.
+fn one_less<K: Eq + Hash>(counts: &mut HashMap<K, usize>, key: &K) {
+    if let Some(count) = counts.get_mut(key) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(key);
         }
     }
 }
@@ -113,31 +149,42 @@ impl Switchboard {
             .collect()
     }
 
-    /// A place for a connection that has not said who it is; `None` when there is none.
-    pub(super) fn stranger(self: &Arc<Self>) -> Option<Ticket> {
+    /// Connections that have not said who they are.
+    pub(super) fn strangers(&self) -> usize {
+        self.book().strangers
+    }
+
+    /// A place for a connection that has not said who it is; `None` when there is none, or none for that address.
+    pub(super) fn stranger(self: &Arc<Self>, from: IpAddr) -> Option<Ticket> {
+        let network = Network::of(from);
         let mut book = self.book();
         if book.strangers >= NBD_STRANGERS_MAX || book.strangers + book.guests >= NBD_CONNECTIONS_MAX {
             return None;
         }
+        let of_network = book.strangers_from.get(&network).copied().unwrap_or_default();
+        if of_network >= NBD_STRANGERS_PER_ADDRESS {
+            return None;
+        }
+        book.strangers_from.insert(network, of_network + 1);
         book.strangers += 1;
         Some(Ticket {
             switchboard: self.clone(),
-            customer: None,
+            whose: Whose::Stranger(network),
         })
     }
 
     /// A place for a VM's connection, instead of a stranger's.
     fn guest(self: &Arc<Self>, customer: &Name) -> Option<Ticket> {
         let mut book = self.book();
-        let count = book.by_customer.entry(customer.clone()).or_default();
-        if *count >= NBD_CONNECTIONS_PER_CUSTOMER {
+        let of_customer = book.by_customer.get(customer).copied().unwrap_or_default();
+        if of_customer >= NBD_CONNECTIONS_PER_CUSTOMER {
             return None;
         }
-        *count += 1;
+        book.by_customer.insert(customer.clone(), of_customer + 1);
         book.guests += 1;
         Some(Ticket {
             switchboard: self.clone(),
-            customer: Some(customer.clone()),
+            whose: Whose::Customer(customer.clone()),
         })
     }
 
@@ -235,7 +282,11 @@ mod tests {
     #[test]
     fn strangers_and_customers_have_their_limits_and_places_come_back() {
         let switchboard = Arc::new(Switchboard::default());
-        let strangers: Vec<Ticket> = std::iter::from_fn(|| switchboard.stranger()).collect();
+        let hosts = (0..=255).map(|host| IpAddr::from([192, 0, 2, host]));
+        let fill = |from: IpAddr| std::iter::from_fn(move || Some(from));
+        let places = &switchboard;
+        let of_all = hosts.flat_map(|host| fill(host).map_while(|from| places.stranger(from)));
+        let strangers: Vec<Ticket> = of_all.collect();
         assert_eq!(strangers.len(), NBD_STRANGERS_MAX);
         let acme: Name = "acme".parse().unwrap();
         let guests: Vec<Ticket> = std::iter::from_fn(|| switchboard.guest(&acme)).collect();
@@ -243,6 +294,24 @@ mod tests {
         assert!(switchboard.guest(&"globex".parse().unwrap()).is_some());
         drop((strangers, guests));
         let book = switchboard.book();
-        assert_eq!((book.strangers, book.guests, book.by_customer.len()), (0, 0, 0));
+        assert_eq!((book.strangers, book.guests), (0, 0));
+        assert!(book.by_customer.is_empty() && book.strangers_from.is_empty());
+    }
+
+    #[test]
+    fn an_address_has_its_share_of_the_strangers_places_and_an_ipv6_network_counts_as_one() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        for (one, same, other) in [
+            ("192.0.2.7", "::ffff:192.0.2.7", "192.0.2.8"),
+            ("2001:db8::1", "2001:db8::ffff:0:0:1", "2001:db8:0:1::1"),
+        ] {
+            let switchboard = Arc::new(Switchboard::default());
+            let mut held: Vec<Ticket> = std::iter::from_fn(|| switchboard.stranger(ip(one))).collect();
+            assert_eq!(held.len(), NBD_STRANGERS_PER_ADDRESS);
+            assert!(switchboard.stranger(ip(same)).is_none(), "{one} is {same}");
+            assert!(switchboard.stranger(ip(other)).is_some(), "{one} is not {other}");
+            held.pop();
+            assert!(switchboard.stranger(ip(same)).is_some(), "a place came back");
+        }
     }
 }

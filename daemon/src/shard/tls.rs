@@ -151,7 +151,7 @@ fn certificates(path: &Path) -> std::result::Result<Vec<CertificateDer<'static>>
 
 /// The VM that a verified certificate names: the one URI of its subject alternative name that is a VM's. `None` when there
 /// is none, or more than one.
-pub(super) fn identity(certificate: &[u8]) -> Option<VmIdentity> {
+pub(crate) fn identity(certificate: &[u8]) -> Option<VmIdentity> {
     let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
     let names = certificate.subject_alternative_name().ok()??;
     let uris = names.value.general_names.iter().filter_map(|name| match name {

@@ -35,6 +35,8 @@ struct Inner {
     ready: RefCell<VecDeque<Runnable>>,
     timers: RefCell<BTreeMap<(Duration, u64), Waker>>,
     next_timer: Cell<u64>,
+    /// Turns that have begun.
+    turns: Cell<u64>,
     /// A waker of every task whose future is alive, so that the end of the runtime reaches those that wait for nothing
     /// it knows of.
     live: RefCell<Slab<Waker>>,
@@ -106,6 +108,7 @@ impl Runtime {
             ready: RefCell::default(),
             timers: RefCell::default(),
             next_timer: Cell::new(0),
+            turns: Cell::new(0),
             live: RefCell::default(),
             inbox,
         });
@@ -147,6 +150,7 @@ impl Runtime {
 
     fn turn(&self, stop: &Cell<bool>) {
         let inner = &self.inner;
+        inner.turns.set(inner.turns.get() + 1);
         inner.take_inbox();
         for _ in 0..TASKS_PER_TURN {
             let Some(runnable) = inner.ready.borrow_mut().pop_front() else {
@@ -292,6 +296,16 @@ impl<F> Drop for Registered<F> {
         let waker = self.inner.live.borrow_mut().try_remove(self.id);
         drop(waker);
     }
+}
+
+/// Tasks of the current thread's runtime that have not ended, the calling one included.
+pub fn live_tasks() -> usize {
+    current().live.borrow().len()
+}
+
+/// The number of this turn: tasks that run under one number know of the same completions.
+pub fn turn_number() -> u64 {
+    current().turns.get()
 }
 
 /// Time since the driver's origin.

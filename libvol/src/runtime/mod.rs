@@ -11,7 +11,9 @@ mod op;
 pub mod sync;
 
 pub use driver::{Done, Driver, FileSlot, Op, OpKey, SendPart, Unpark, Wait};
-pub use executor::{Remote, Runtime, now, runtime, sleep, spawn, timeout, yield_now};
+pub use executor::{
+    Remote, Runtime, live_tasks, now, runtime, sleep, spawn, timeout, turn_number, yield_now,
+};
 pub use op::{OpFuture, submit};
 
 /// Handle of a spawned task: a future of its result. Dropping it cancels the task; `detach` lets it run.

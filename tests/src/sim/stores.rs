@@ -111,10 +111,11 @@ impl Running {
 
     /// What was destroyed before and is there again, or still, is destroyed once more.
     async fn destroy_again_on(&self, disk: usize, handle: &StoreHandle) -> libvol::Result<()> {
-        let (live, remains) = (handle.volumes().await?, handle.remains().await?);
+        let found = async { Ok((handle.volumes().await?, handle.remains().await?)) };
+        let (live, remains) = self.patiently(disk, found).await?;
         for volume in live.into_iter().chain(remains) {
             if self.life.catalog.is_gone_from(volume, disk) {
-                handle.destroy_volume(volume).await?;
+                self.patiently(disk, handle.destroy_volume(volume)).await?;
             }
         }
         Ok(())

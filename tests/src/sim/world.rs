@@ -237,7 +237,7 @@ impl World {
     fn round(&mut self, round: &Round, counters: &Rc<Counters>) -> (bool, u64) {
         let old_copy = self.choose_bad(round);
         let silent = self.plan_silent(round);
-        let mut old_copy = old_copy.map(|copy| self.return_old(round, copy)).flatten();
+        let mut old_copy = old_copy.and_then(|copy| self.return_old(round, copy));
         let driver = SimDriver::new(round.engine_seed, std::mem::take(&mut self.media));
         self.log.add(&driver);
         driver.watch_writes(Some(Box::new(|slot, at, bytes| {

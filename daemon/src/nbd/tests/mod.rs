@@ -4,11 +4,12 @@
 mod client;
 mod device;
 mod extended;
+mod fencing;
 mod handshake;
 mod session;
 mod transmission;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -51,6 +52,64 @@ fn on_both_with_clock<F: Future<Output = ()> + 'static>(test: impl Fn(Rc<MovedCl
             ahead: Cell::default(),
         });
         Runtime::new(clock.clone()).block_on(test(clock));
+    }
+}
+
+/// Runs a test on both engines, which do not tell it when somebody hangs up.
+fn on_both_deaf<F: Future<Output = ()> + 'static>(test: impl Fn() -> F) {
+    for engine in [EngineChoice::Threads, EngineChoice::Uring] {
+        let (driver, name) = make_driver(engine).expect("both engines run where the tests run");
+        println!("{name}");
+        let deaf = Deaf {
+            driver,
+            untold: RefCell::default(),
+        };
+        Runtime::new(Rc::new(deaf)).block_on(within(test()));
+    }
+}
+
+/// An engine that tells of hang-ups so late that nobody waits for it any more.
+struct Deaf {
+    driver: Rc<dyn Driver>,
+    untold: RefCell<Vec<OpKey>>,
+}
+
+impl Driver for Deaf {
+    fn name(&self) -> &'static str {
+        self.driver.name()
+    }
+    fn submit(&self, op: Op) -> OpKey {
+        let is_hang_up = matches!(op, Op::HangUp { .. });
+        let key = self.driver.submit(op);
+        if is_hang_up {
+            self.untold.borrow_mut().push(key);
+        }
+        key
+    }
+    fn poll(&self, key: OpKey, cx: &mut Context<'_>) -> Poll<Done> {
+        match self.untold.borrow().contains(&key) {
+            true => Poll::Pending,
+            false => self.driver.poll(key, cx),
+        }
+    }
+    fn forget(&self, key: OpKey) {
+        self.untold.borrow_mut().retain(|other| *other != key);
+        self.driver.forget(key);
+    }
+    fn turn(&self, wait: Wait) {
+        self.driver.turn(wait);
+    }
+    fn attach(&self, file: Arc<OwnedFd>) -> io::Result<FileSlot> {
+        self.driver.attach(file)
+    }
+    fn detach(&self, slot: FileSlot) {
+        self.driver.detach(slot);
+    }
+    fn now(&self) -> Duration {
+        self.driver.now()
+    }
+    fn unparker(&self) -> Arc<dyn Unpark> {
+        self.driver.unparker()
     }
 }
 
