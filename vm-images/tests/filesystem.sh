@@ -1,7 +1,7 @@
 # A file system on the volume: copied files, fio's checksummed blocks, syncs, space given back; after a reboot all is there.
 connect
 if ! has_ext4 $disk; then
-    /sbin/mke2fs -q -t ext4 $disk
+    /sbin/mke2fs -q -F -t ext4 $disk
     mount -t ext4 $disk /mnt
     mkdir /mnt/files
     cp -a /sbin /tests /modules /mnt/files

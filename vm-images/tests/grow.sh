@@ -1,6 +1,6 @@
 # The volume grows under a mounted file system, which takes the new room in use: once for each of vold.sizes.
 connect
-/sbin/mke2fs -q -t ext4 $disk
+/sbin/mke2fs -q -F -t ext4 $disk
 mount -t ext4 $disk /mnt
 dd if=/dev/urandom of=/mnt/old bs=1M count=8 conv=fsync 2>/dev/null
 sha256sum /mnt/old >/tmp/sums

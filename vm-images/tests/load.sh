@@ -1,6 +1,6 @@
 # fio writes checksummed blocks and reads them again while the host breaks things; the guest notices nothing of it.
 connect
-/sbin/mke2fs -q -t ext4 $disk
+/sbin/mke2fs -q -F -t ext4 $disk
 mount -t ext4 $disk /mnt
 round() {
     /sbin/fio --name=load --directory=/mnt --size=24M --rw=randwrite --bsrange=4k-64k --ioengine=libaio --iodepth=8 \

@@ -1,6 +1,6 @@
 # The disk is unplugged while the machine runs, and plugged in again with everything that was on it.
 connect
-/sbin/mke2fs -q -t ext4 $disk
+/sbin/mke2fs -q -F -t ext4 $disk
 mount -t ext4 $disk /mnt
 dd if=/dev/urandom of=/mnt/file bs=1M count=8 2>/dev/null
 sha256sum /mnt/file >/tmp/sum

@@ -1,6 +1,6 @@
 # Writes small files and syncs each, and says so, until the host has seen enough.
 connect
-/sbin/mke2fs -q -t ext4 $disk
+/sbin/mke2fs -q -F -t ext4 $disk
 mount -t ext4 $disk /mnt
 sync
 i=0
