@@ -7,7 +7,7 @@ sha256sum /mnt/old >/tmp/sums
 free() { df -k /mnt | awk 'NR == 2 { print $4 }'; }
 is_of() { [ "$(cat /sys/class/block/${disk#/dev/}/size)" = $(($1 / 512)) ]; }
 # Something is always to be done: a connection that was lost is made anew for a request only.
-(while :; do date >/mnt/now; sync -f /mnt; sleep 0.2; done) &
+(until [ -e /tmp/done ]; do date >/mnt/now; sync -f /mnt; sleep 0.2; done) &
 writer=$!
 for size in $(parameter sizes | tr , ' '); do
     before=$(free)
@@ -19,8 +19,8 @@ for size in $(parameter sizes | tr , ' '); do
     dd if=/dev/urandom of=/mnt/new-$size bs=1k count=$((before + 4096)) conv=fsync 2>/dev/null
     sha256sum /mnt/new-$size >>/tmp/sums
 done
-kill $writer
-wait $writer || true
+touch /tmp/done
+wait $writer
 umount /mnt
 /sbin/e2fsck -f -n $disk
 mount -t ext4 $disk /mnt
