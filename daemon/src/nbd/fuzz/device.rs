@@ -95,14 +95,22 @@ impl Fake {
     pub(super) fn has_done(&self, index: usize) -> bool {
         let ledger = self.ledger.borrow();
         let request = &ledger.script.requests[index];
-        request.error != 0 || request.is_in_pieces() || ledger.begun[index] == Some(request.len)
+        let may_be_mistaken = matches!(request.command, TRIM | WRITE_ZEROES);
+        request.error != 0 || may_be_mistaken || ledger.begun[index] == Some(request.len)
     }
 
-    /// Whether everything has come that had to.
+    /// Whether everything has come that had to. Of requests in pieces, and of those that look like one of their pieces, only the
+    /// bytes of all together are known: whose piece a call was may be taken wrongly.
     pub(super) fn all_done(&self) -> bool {
         let ledger = self.ledger.borrow();
-        let mut all = ledger.script.requests.iter().zip(&ledger.begun);
-        all.all(|(request, begun)| !request.at_device || request.error != 0 || *begun == Some(request.len))
+        let all = || ledger.script.requests.iter().zip(&ledger.begun);
+        [TRIM, WRITE_ZEROES].into_iter().all(|command| {
+            let those = || all().filter(|(request, _)| request.at_device && request.command == command);
+            let asked = those().filter(|(request, _)| request.error == 0);
+            let asked: u64 = asked.map(|(request, _)| request.len).sum();
+            let come: u64 = those().map(|(_, begun)| begun.unwrap_or(0)).sum();
+            come >= asked
+        })
     }
 
     /// Takes the record of a read whose bytes are these; `false` when there is none.
@@ -295,6 +303,9 @@ impl Ledger {
         let first = fitting.next();
         let whole = |index: &usize| self.begun[*index].is_none() && script.requests[*index].len == call.len;
         let found = first.filter(whole).or_else(|| fitting.find(whole)).or(first);
+        // An earlier piece may have been taken for another request's that looks alike.
+        let found =
+            found.or_else(|| (0..script.requests.len()).find(|index| script.requests[*index].holds(call)));
         let Some(found) = found else {
             panic!(
                 "nobody asked for command {} of {} bytes at {}, fua {}, no hole {}",
@@ -307,6 +318,17 @@ impl Ledger {
 }
 
 impl Expected {
+    /// Whether this call may be a piece of the request, wherever in it.
+    fn holds(&self, call: &Call<'_>) -> bool {
+        let end = self.offset.saturating_add(self.len);
+        self.is_in_pieces()
+            && self.command == call.command
+            && (self.offset..end).contains(&call.offset)
+            && call.offset.saturating_add(call.len) <= end
+            && (!call.fua || self.fua)
+            && (call.command != WRITE_ZEROES || call.no_hole == self.no_hole)
+    }
+
     /// Whether this call is the request, or the next piece of it after `done` bytes.
     fn fits(&self, call: &Call<'_>, done: u64) -> bool {
         let left = self.len - done;
