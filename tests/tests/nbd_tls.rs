@@ -7,7 +7,7 @@ use std::time::Duration;
 use vold_tests::content::bytes;
 use vold_tests::nbd::Client;
 use vold_tests::tls::Tls;
-use vold_tests::tools::{run, same_bytes, tool};
+use vold_tests::tools::{output, run, same_bytes, tool};
 use vold_tests::{Vold, wait_for};
 
 #[test]

@@ -13,7 +13,7 @@ use libvol::limits::{NBD_BYTES_IN_FLIGHT, NBD_REQUESTS_IN_FLIGHT};
 use libvol::runtime::sleep;
 use libvol::volume::{BlockKind, PlainPart};
 
-use super::script::{BLOCK_STATUS, FLUSH, READ, Script, TRIM, WRITE, WRITE_ZEROES, failure};
+use super::script::{BLOCK_STATUS, Expected, FLUSH, READ, Script, TRIM, WRITE, WRITE_ZEROES, failure};
 use crate::nbd::device::Device;
 
 /// Above 4 GiB, so that 64-bit lengths mean something, and no multiple of anything.
@@ -90,11 +90,27 @@ impl Fake {
         };
     }
 
-    /// Whether that request has come as a whole, as far as it has not failed.
+    /// Whether that request has come as a whole, as far as it has not failed. Of those that are carried out in pieces only
+    /// [`Fake::all_done`] can tell: pieces of two that overlap may look alike.
     pub(super) fn has_done(&self, index: usize) -> bool {
         let ledger = self.ledger.borrow();
         let request = &ledger.script.requests[index];
-        request.error != 0 || ledger.begun[index] == Some(request.len)
+        let may_be_mistaken = matches!(request.command, TRIM | WRITE_ZEROES);
+        request.error != 0 || may_be_mistaken || ledger.begun[index] == Some(request.len)
+    }
+
+    /// Whether everything has come that had to. Of requests in pieces, and of those that look like one of their pieces, only the
+    /// bytes of all together are known: whose piece a call was may be taken wrongly.
+    pub(super) fn all_done(&self) -> bool {
+        let ledger = self.ledger.borrow();
+        let all = || ledger.script.requests.iter().zip(&ledger.begun);
+        [TRIM, WRITE_ZEROES].into_iter().all(|command| {
+            let those = || all().filter(|(request, _)| request.at_device && request.command == command);
+            let asked = those().filter(|(request, _)| request.error == 0);
+            let asked: u64 = asked.map(|(request, _)| request.len).sum();
+            let come: u64 = those().map(|(_, begun)| begun.unwrap_or(0)).sum();
+            come >= asked
+        })
     }
 
     /// Takes the record of a read whose bytes are these; `false` when there is none.
@@ -278,25 +294,18 @@ impl Ledger {
             call.offset
         );
         let script = self.script.clone();
-        let found = script
-            .requests
-            .iter()
-            .zip(&self.begun)
-            .position(|(request, begun)| {
-                let done = begun.unwrap_or(0);
-                let whole = call.len == request.len - done.min(request.len);
-                request.at_device
-                    && request.command == call.command
-                    && (begun.is_none() || done < request.len)
-                    && request.offset + done == call.offset
-                    && (whole || matches!(call.command, TRIM | WRITE_ZEROES) && call.len < request.len - done)
-                    && (call.command == READ
-                        || call.command == BLOCK_STATUS
-                        || call.command == FLUSH
-                        || call.fua == (request.fua && whole))
-                    && (call.command != WRITE_ZEROES || call.no_hole == request.no_hole)
-                    && (call.command != WRITE || call.payload == request.payload)
-            });
+        let fits = |index: &usize| {
+            let (request, begun) = (&script.requests[*index], self.begun[*index]);
+            begun.is_none_or(|done| done < request.len) && request.fits(call, begun.unwrap_or(0))
+        };
+        // One that this is the whole of, before one that it may be a piece of.
+        let mut fitting = (0..script.requests.len()).filter(fits);
+        let first = fitting.next();
+        let whole = |index: &usize| self.begun[*index].is_none() && script.requests[*index].len == call.len;
+        let found = first.filter(whole).or_else(|| fitting.find(whole)).or(first);
+        // An earlier piece may have been taken for another request's that looks alike.
+        let found =
+            found.or_else(|| (0..script.requests.len()).find(|index| script.requests[*index].holds(call)));
         let Some(found) = found else {
             panic!(
                 "nobody asked for command {} of {} bytes at {}, fua {}, no hole {}",
@@ -305,6 +314,33 @@ impl Ledger {
         };
         let begun = &mut self.begun[found];
         *begun = Some(begun.unwrap_or(0) + call.len);
+    }
+}
+
+impl Expected {
+    /// Whether this call may be a piece of the request, wherever in it.
+    fn holds(&self, call: &Call<'_>) -> bool {
+        let end = self.offset.saturating_add(self.len);
+        self.is_in_pieces()
+            && self.command == call.command
+            && (self.offset..end).contains(&call.offset)
+            && call.offset.saturating_add(call.len) <= end
+            && (!call.fua || self.fua)
+            && (call.command != WRITE_ZEROES || call.no_hole == self.no_hole)
+    }
+
+    /// Whether this call is the request, or the next piece of it after `done` bytes.
+    fn fits(&self, call: &Call<'_>, done: u64) -> bool {
+        let left = self.len - done;
+        let last = call.len == left;
+        let flushes = matches!(call.command, TRIM | WRITE_ZEROES | WRITE);
+        self.at_device
+            && self.command == call.command
+            && self.offset + done == call.offset
+            && (last || self.is_in_pieces() && call.len < left)
+            && (!flushes || call.fua == (self.fua && last))
+            && (call.command != WRITE_ZEROES || call.no_hole == self.no_hole)
+            && (call.command != WRITE || call.payload == self.payload)
     }
 }
 

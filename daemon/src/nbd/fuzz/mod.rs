@@ -139,6 +139,8 @@ pub(crate) fn transmission(input: &[u8]) {
             feeding.await;
         } else {
             converse(&client, &script, &mut replies, pace).await;
+            let all = replies.all_here();
+            assert!(!all || device.all_done(), "replied to before it was done");
         }
         serving.await;
         drop((client, replies));

@@ -261,6 +261,12 @@ impl Expected {
         }
     }
 
+    /// Whether it is more than one call of the device.
+    pub(super) fn is_in_pieces(&self) -> bool {
+        let last = self.offset.saturating_add(self.len.saturating_sub(1));
+        matches!(self.command, TRIM | WRITE_ZEROES) && self.at_device && self.offset / PIECE != last / PIECE
+    }
+
     /// The error of the first of its pieces that fails.
     fn failure(&self) -> u32 {
         if !matches!(self.command, TRIM | WRITE_ZEROES) {

@@ -18,7 +18,7 @@ use super::device::Fake;
 use super::options::{Shown, Start, Tls};
 use super::{BOTH, GREETING, Shelf, Talk, run};
 use crate::nbd::{Exports, Lookup, Sessions, go_on_device, receive};
-use crate::shard::tls::{TlsFiles, identity};
+use crate::shard::tls::{TlsFiles, Versions, identity};
 
 /// What the other customer's VM may see.
 const FOREIGN: Shown = &[("globex/secret", false)];
@@ -336,7 +336,7 @@ impl Pki {
         file("ca-cert.pem", ours.pem.clone());
         file("server-cert.pem", certificate.pem());
         file("server-key.pem", key.serialize_pem());
-        let server = TlsFiles::load(dir.path()).and_then(|mut files| files.current());
+        let server = TlsFiles::load(dir.path(), Versions::Tls13).and_then(|mut files| files.current());
         let client = |shown: Option<(&Authority, &str)>| {
             let mut roots = RootCertStore::empty();
             roots.add(ours.der.clone()).expect("an authority");
