@@ -26,7 +26,8 @@ fn copied_in_and_out(engine: Engine, size: u64, plugin: impl Fn(usize) -> Vec<St
     for (round, connections) in CONNECTIONS.into_iter().enumerate() {
         let arguments = plugin(round);
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        let oracle = Nbdkit::serve(&vold.path(""), &arguments);
+        let serve = || Nbdkit::serve(&vold.path(""), &arguments);
+        let oracle = serve();
         succeed(&mut copy(connections, &oracle.uri(), &uri));
         succeed(&mut copy(connections, &uri, &oracle.uri()));
         // One wrong byte, in the middle of nowhere, is found.
@@ -37,7 +38,9 @@ fn copied_in_and_out(engine: Engine, size: u64, plugin: impl Fn(usize) -> Vec<St
         let said = fail(&mut copy(connections, &uri, &oracle.uri()));
         assert!(said.contains("Input/output error"), "{said}");
         client.write(at, &[byte]).unwrap();
-        succeed(&mut copy(connections, &uri, &oracle.uri()));
+        // nbdcopy breaks off at an error, and nbdkit 1.32 may end by an assertion of its own when a client does
+        // (`raw_send_socket`: it replies on a socket that another thread has closed).
+        succeed(&mut copy(connections, &uri, &serve().uri()));
     }
 }
 
