@@ -10,6 +10,7 @@ use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
+use serde_json::Value;
 
 use crate::nbd::{Haggle, OPT_STARTTLS, REP_ACK};
 use crate::tools::{output, tool};
@@ -29,6 +30,19 @@ pub struct Tls {
 impl Tls {
     /// `acme/vol` on `vm1`, `globex/vol` on `vm2`; certificates for both.
     pub fn start() -> Self {
+        let (tls, _) = Self::serving(1, "64M", "8M", &[]);
+        tls.vold.ctl("customer create globex");
+        tls.vold.ctl("vm create vm2 --customer globex");
+        tls.vold.ctl("volume create globex/vol --size 8M");
+        tls.vold.attach("globex/vol", "vm2");
+        tls.issue("acme", "vm1");
+        tls.issue("globex", "vm2");
+        tls
+    }
+
+    /// `acme/vol` of that size on so many stores, attached to `vm1`, and what attach said. `more` goes to the daemon. No
+    /// certificates of VMs yet.
+    pub fn serving(replicas: usize, store_size: &str, volume_size: &str, more: &[&str]) -> (Self, Value) {
         let mut vold = Vold::not_started(None);
         let pki = vold.path("pki");
         vold.ctl(&format!(
@@ -36,13 +50,10 @@ impl Tls {
             pki.display()
         ));
         let mut command = vold.serve_command();
+        command.args(more);
         command.args(["--listen", "127.0.0.1:0", "--tls-dir"]).arg(&pki);
         vold.restart_with(command);
-        vold.with_volume(1, "64M", "8M");
-        vold.ctl("customer create globex");
-        vold.ctl("vm create vm2 --customer globex");
-        vold.ctl("volume create globex/vol --size 8M");
-        vold.attach("globex/vol", "vm2");
+        vold.with_volume(replicas, store_size, volume_size);
         let attached = vold.ctl("attach acme/vol --vm vm1");
         let uri = attached["over_tls"][0]["uri"].as_str().expect("a URI");
         let port = uri.split(':').next_back().and_then(|rest| rest.split('/').next());
@@ -50,9 +61,7 @@ impl Tls {
             port: port.and_then(|port| port.parse().ok()).expect("a port"),
             vold,
         };
-        tls.issue("acme", "vm1");
-        tls.issue("globex", "vm2");
-        tls
+        (tls, attached)
     }
 
     /// The authority's directory, which is also the server's.

@@ -3,6 +3,7 @@
 
 use serde_json::{Value, json};
 use vold_tests::guest::{Guest, Machine, image};
+use vold_tests::tls::Tls;
 use vold_tests::tools::{run, succeed, tool};
 use vold_tests::vold::parse_uri;
 use vold_tests::{Vold, wait_for};
@@ -258,22 +259,13 @@ fn a_guest_under_load_notices_nothing_of_a_replica_that_fails_and_comes_back() {
 #[test]
 #[ignore = "long; make test-full runs it"]
 fn a_guest_boots_from_a_volume_and_another_customers_vm_does_not() {
-    let mut vold = Vold::not_started(None);
-    let pki = vold.path("pki");
-    vold.ctl(&format!(
-        "tls init --dir {} --server localhost --server 127.0.0.1",
-        pki.display()
-    ));
-    let mut command = vold.serve_command();
-    command.args(["--listen", "127.0.0.1:0", "--tls-dir"]).arg(&pki);
-    vold.restart_with(command);
-    vold.with_volume(2, "256M", "96M");
+    let (tls, attached) = Tls::serving(2, "256M", "96M", &[]);
+    let vold = &tls.vold;
     vold.ctl("customer create globex");
     // (Another VM of its own customer has no way to the volume either, as long as it is attached elsewhere.)
     for (vm, customer) in [("vm2", "globex"), ("vm3", "acme")] {
         vold.ctl(&format!("vm create {vm} --customer {customer} --uid 12345"));
     }
-    let attached = vold.ctl("attach acme/vol --vm vm1");
     let disk = image("disk").join("disk.img");
     let mut nbdcopy = tool("nbdcopy");
     nbdcopy.arg("--flush").arg(&disk);
@@ -290,24 +282,19 @@ fn a_guest_boots_from_a_volume_and_another_customers_vm_does_not() {
         guest.passes();
     }
 
-    let certificates = |customer: &str, vm: &str| {
-        let out = vold.path(&format!("{customer}-{vm}"));
-        vold.ctl(&format!(
-            "tls issue --dir {} --customer {customer} --vm {vm} --out {}",
-            pki.display(),
-            out.display()
-        ));
-        out.display().to_string()
-    };
     // Over TLS, with each one's own certificates.
-    let with_certificates = |directory: &str| {
+    let with_certificates = |customer: &str, vm: &str| {
+        let directory = tls.issue(customer, vm).display().to_string();
         let mut arguments = attached["over_tls"][0]["qemu_args"].clone();
-        let object = arguments[1].as_str().unwrap().replace("/etc/pki/qemu", directory);
+        let object = arguments[1]
+            .as_str()
+            .unwrap()
+            .replace("/etc/pki/qemu", &directory);
         arguments[1] = object.into();
         Machine::booting(&vold.path("")).with(&arguments)
     };
     for (customer, vm) in [("globex", "vm2"), ("acme", "vm3"), ("globex", "vm1")] {
-        let said = with_certificates(&certificates(customer, vm)).refuses_to_start();
+        let said = with_certificates(customer, vm).refuses_to_start();
         assert!(said.contains("acme/vol"), "{said}");
     }
     // On the attachment's socket, as the other VMs' user.
@@ -319,11 +306,11 @@ fn a_guest_boots_from_a_volume_and_another_customers_vm_does_not() {
     let denied = format!("'{}': Permission denied", socket.display());
     assert!(said.contains(&denied), "{said}");
     // The right one's does it.
-    let mut guest = with_certificates(&certificates("acme", "vm1")).start();
+    let mut guest = with_certificates("acme", "vm1").start();
     let counted: u32 = guest.says("it counts its boots", |said| {
         said.strip_prefix("boots ")?.parse().ok()
     });
     assert_eq!(counted, 3);
     guest.passes();
-    is_clean_after(vold);
+    is_clean_after(tls.vold);
 }

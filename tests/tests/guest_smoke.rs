@@ -1,9 +1,9 @@
 //! A real guest kernel uses a volume, one test for each way it can get at it: files, fio's checksummed blocks, syncs, trim,
 //! and a reboot after which everything is there. The long tests of guests are in guest_events.rs.
 
-use serde_json::Value;
 use vold_tests::Vold;
 use vold_tests::guest::{Guest, Machine};
+use vold_tests::tls::Tls;
 
 /// What the script `filesystem` does, watched from outside.
 fn uses_a_file_system(vold: &Vold, mut guest: Guest) {
@@ -38,38 +38,17 @@ fn a_guest_uses_a_file_system_through_qemus_nbd_driver() {
 
 #[test]
 fn a_guest_uses_a_file_system_through_its_kernels_nbd_client_over_tls() {
-    let mut vold = Vold::not_started(None);
-    let pki = vold.path("pki");
-    vold.ctl(&format!("tls init --dir {} --server localhost", pki.display()));
-    let mut command = vold.serve_command();
-    command
-        .args(["--tls-1-2", "--listen", "127.0.0.1:0", "--tls-dir"])
-        .arg(&pki);
-    vold.restart_with(command);
-    vold.with_volume(2, "256M", "128M");
-    let attached = vold.ctl("attach acme/vol --vm vm1");
-    let certificate = vold.path("certificate");
-    vold.ctl(&format!(
-        "tls issue --dir {} --customer acme --vm vm1 --out {}",
-        pki.display(),
-        certificate.display()
-    ));
-    let mut machine = Machine::running(&vold.path(""), "filesystem")
+    let (mut tls, _) = Tls::serving(2, "256M", "128M", &["--tls-1-2"]);
+    let certificate = tls.issue("acme", "vm1");
+    let mut machine = Machine::running(&tls.vold.path(""), "filesystem")
         .network()
         .parameter("transport", "nbd-client")
-        .parameter("port", port(&attached))
+        .parameter("port", tls.port)
         .parameter("export", "acme/vol");
     for file in ["ca-cert.pem", "client-cert.pem", "client-key.pem"] {
         machine = machine.input(&certificate.join(file));
     }
-    uses_a_file_system(&vold, machine.start());
-    vold.stop();
-    vold.check_is_clean();
-}
-
-/// The port of `nbds://HOST:PORT/EXPORT`.
-fn port(attached: &Value) -> u16 {
-    let uri = attached["over_tls"][0]["uri"].as_str().unwrap();
-    let (_, rest) = uri.rsplit_once(':').unwrap();
-    rest.split('/').next().unwrap().parse().unwrap()
+    uses_a_file_system(&tls.vold, machine.start());
+    tls.vold.stop();
+    tls.vold.check_is_clean();
 }
