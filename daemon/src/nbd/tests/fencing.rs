@@ -13,8 +13,9 @@ use crate::nbd::link::{GOODBYE, Link};
 
 const SIZE: usize = 1 << 20;
 
-/// A connection that has a write waiting behind reads that run, and one more request in its socket, which it does not read.
-async fn with_a_write_that_waits(server: &Server) -> (Client, Task<()>) {
+/// A connection that has a write waiting behind reads that run, and one more request in its socket, which it does not read: it
+/// is beyond the window, so the connection's reader waits for room, and receives nothing.
+pub(super) async fn with_a_write_that_waits(server: &Server) -> (Client, Task<()>) {
     const LONG: u32 = 20 << 20;
     let (old, old_task) = server.transmit().await;
     server.device.hold();

@@ -43,45 +43,56 @@ fn on_both<F: Future<Output = ()> + 'static>(test: impl Fn() -> F) {
 }
 
 /// Runs a test on both engines, which moves the clock on as it likes.
-fn on_both_with_clock<F: Future<Output = ()> + 'static>(test: impl Fn(Rc<MovedClock>) -> F) {
+fn on_both_with_clock<F: Future<Output = ()> + 'static>(test: impl Fn(Rc<Bent>) -> F) {
     for engine in [EngineChoice::Threads, EngineChoice::Uring] {
-        let (driver, name) = make_driver(engine).expect("both engines run where the tests run");
-        println!("{name}");
-        let clock = Rc::new(MovedClock {
-            driver,
-            ahead: Cell::default(),
-        });
+        let clock = Rc::new(Bent::of(engine, false));
         Runtime::new(clock.clone()).block_on(test(clock));
     }
 }
 
-/// Runs a test on both engines, which do not tell it when somebody hangs up.
+/// Runs a test on both engines, which tell of hang-ups so late that nobody waits for it any more.
 fn on_both_deaf<F: Future<Output = ()> + 'static>(test: impl Fn() -> F) {
     for engine in [EngineChoice::Threads, EngineChoice::Uring] {
-        let (driver, name) = make_driver(engine).expect("both engines run where the tests run");
-        println!("{name}");
-        let deaf = Deaf {
-            driver,
-            untold: RefCell::default(),
-        };
+        let deaf = Bent::of(engine, true);
         Runtime::new(Rc::new(deaf)).block_on(within(test()));
     }
 }
 
-/// An engine that tells of hang-ups so late that nobody waits for it any more.
-struct Deaf {
+/// An engine whose clock is ahead of the real one, or that tells of no hang-up.
+struct Bent {
     driver: Rc<dyn Driver>,
+    ahead: Cell<Duration>,
+    is_deaf: bool,
+    /// Hang-ups that are not told.
     untold: RefCell<Vec<OpKey>>,
 }
 
-impl Driver for Deaf {
+impl Bent {
+    fn of(engine: EngineChoice, is_deaf: bool) -> Self {
+        let (driver, name) = make_driver(engine).expect("both engines run where the tests run");
+        println!("{name}");
+        Self {
+            driver,
+            ahead: Cell::default(),
+            is_deaf,
+            untold: RefCell::default(),
+        }
+    }
+
+    /// Moves it on.
+    fn advance(&self, by: Duration) {
+        self.ahead.set(self.ahead.get() + by);
+    }
+}
+
+impl Driver for Bent {
     fn name(&self) -> &'static str {
         self.driver.name()
     }
     fn submit(&self, op: Op) -> OpKey {
-        let is_hang_up = matches!(op, Op::HangUp { .. });
+        let is_untold = self.is_deaf && matches!(op, Op::HangUp { .. });
         let key = self.driver.submit(op);
-        if is_hang_up {
+        if is_untold {
             self.untold.borrow_mut().push(key);
         }
         key
@@ -94,49 +105,6 @@ impl Driver for Deaf {
     }
     fn forget(&self, key: OpKey) {
         self.untold.borrow_mut().retain(|other| *other != key);
-        self.driver.forget(key);
-    }
-    fn turn(&self, wait: Wait) {
-        self.driver.turn(wait);
-    }
-    fn attach(&self, file: Arc<OwnedFd>) -> io::Result<FileSlot> {
-        self.driver.attach(file)
-    }
-    fn detach(&self, slot: FileSlot) {
-        self.driver.detach(slot);
-    }
-    fn now(&self) -> Duration {
-        self.driver.now()
-    }
-    fn unparker(&self) -> Arc<dyn Unpark> {
-        self.driver.unparker()
-    }
-}
-
-/// An engine whose clock is ahead of the real one.
-struct MovedClock {
-    driver: Rc<dyn Driver>,
-    ahead: Cell<Duration>,
-}
-
-impl MovedClock {
-    /// Moves it on.
-    fn advance(&self, by: Duration) {
-        self.ahead.set(self.ahead.get() + by);
-    }
-}
-
-impl Driver for MovedClock {
-    fn name(&self) -> &'static str {
-        self.driver.name()
-    }
-    fn submit(&self, op: Op) -> OpKey {
-        self.driver.submit(op)
-    }
-    fn poll(&self, key: OpKey, cx: &mut Context<'_>) -> Poll<Done> {
-        self.driver.poll(key, cx)
-    }
-    fn forget(&self, key: OpKey) {
         self.driver.forget(key);
     }
     fn turn(&self, wait: Wait) {

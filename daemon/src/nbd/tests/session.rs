@@ -3,6 +3,7 @@
 use libvol::limits::{NBD_CONNECTIONS_PER_ATTACHMENT, NBD_PAYLOAD_MAX, VOLUME_BYTES_IN_FLIGHT};
 
 use super::client::*;
+use super::fencing::with_a_write_that_waits;
 use super::*;
 
 const SIZE: usize = 1 << 20;
@@ -164,20 +165,9 @@ fn requests_of_a_lost_connection_end_before_its_sibling_starts_new_ones() {
 #[test]
 fn a_write_that_waits_behind_a_full_window_does_not_land_after_a_newer_one() {
     on_both(|| async {
-        const LONG: u32 = 20 << 20;
         let server = Server::new(64 << 20);
-        let (old, old_task) = server.transmit().await;
         let (mut new, _new_task) = server.transmit().await;
-        server.device.hold();
-        // Three reads at the device, which is as many as a depth of four allows; the write waits behind them.
-        for i in 0..3 {
-            old.request(0, READ, i, 0, LONG).await;
-        }
-        old.write(0, 3, 0, b"old").await;
-        // Beyond the window: the reader of this connection waits for room, and receives nothing.
-        old.request(0, READ, 4, 0, LONG).await;
-        eventually("the reads run", || server.device.running.get() == 3).await;
-        sleep(Duration::from_millis(20)).await;
+        let (old, old_task) = with_a_write_that_waits(&server).await;
         old.drop_connection();
         eventually("the loss is known", || server.sessions.leaving_connections() == 1).await;
         new.write(0, 5, 0, b"new").await;
