@@ -219,8 +219,7 @@ impl Running {
 
     /// Whether a disk is an old copy on which not everything that is gone could be destroyed again.
     fn is_still_old(&self, disk: usize) -> bool {
-        let is_old = self.life.catalog.records().returned_old == Some(disk);
-        is_old && !self.life.counters.is_opened(disk)
+        self.life.catalog.records().returned_old == Some(disk)
     }
 
     /// Whether a disk that was an old copy may not know the volume: a copy of all of it is still to come.

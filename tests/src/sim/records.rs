@@ -202,7 +202,7 @@ pub struct Records {
     pub faults: BTreeMap<usize, String>,
     /// The one disk that may fail now; no other replica may be dropped.
     pub suspect: Option<usize>,
-    /// A disk that has returned as it was, and has not been opened since: nothing on it counts.
+    /// A disk that has returned as it was, and has not been opened to the end since: nothing on it counts.
     pub returned_old: Option<usize>,
     /// Disks that have done so: what was destroyed on them again may still have to be overwritten.
     pub ever_old: BTreeSet<usize>,
@@ -216,6 +216,11 @@ impl Records {
         self.returned_old = Some(disk);
         self.ever_old.insert(disk);
         self.returns += 1;
+    }
+
+    /// A disk's store was opened by its lineage, and nothing is left there of what is gone: the catalog knows what it is worth.
+    pub fn opened_anew(&mut self, disk: usize) {
+        self.returned_old = self.returned_old.filter(|old| *old != disk);
     }
 
     /// The record of an id.

@@ -86,7 +86,7 @@ impl Running {
         let handle = opening.finish(Some(renewal)).await?;
         self.life.catalog.confirm_store(&mut rng, disk, &handle).await;
         match self.destroy_again_on(disk, &handle).await {
-            Ok(()) => self.life.counters.opened(disk),
+            Ok(()) => self.life.catalog.records().opened_anew(disk),
             // The next opening tries anew.
             Err(error) => self.tolerate_on(disk, &error),
         }

@@ -73,20 +73,6 @@ pub struct Counters {
     pub destroyed: Cell<u64>,
     /// A life has recovered everything and the oracle has agreed.
     pub verified: Cell<bool>,
-    /// Disks whose stores were opened by their lineage, with nothing left of what is gone.
-    opened: RefCell<BTreeSet<usize>>,
-}
-
-impl Counters {
-    /// A disk's store was opened by its lineage, and nothing is left there of what is gone.
-    pub fn opened(&self, disk: usize) {
-        self.opened.borrow_mut().insert(disk);
-    }
-
-    /// Whether it was.
-    pub fn is_opened(&self, disk: usize) -> bool {
-        self.opened.borrow().contains(&disk)
-    }
 }
 
 /// What one seed's history consists of.
@@ -107,7 +93,6 @@ pub struct World {
     changes_cut: u64,
     /// Disks as they were some rounds ago.
     copies: [Option<Media>; STORES_MAX],
-    old_copies: u64,
     log: Rc<Log>,
 }
 
@@ -197,7 +182,6 @@ impl World {
             troubled: false,
             changes_cut: 0,
             copies: Default::default(),
-            old_copies: 0,
             log,
         }
     }
@@ -228,7 +212,7 @@ impl World {
             self.rest(number, last, &mut report);
         }
         report.changes_cut = self.changes_cut;
-        report.old_copies = self.old_copies;
+        report.old_copies = self.catalog.records().returns;
         report.trace_hash ^= self.catalog.trace_hash();
         report
     }
@@ -317,7 +301,6 @@ impl World {
                 self.changes_cut += u64::from(self.catalog.lose_power(round.unsynced[0]));
             }
         }
-        self.settle_old(counters);
         for (disk, at, bytes) in silently.map(|list| list.take()).unwrap_or_default() {
             self.add_damage(disk, at, &bytes);
         }
@@ -367,14 +350,6 @@ impl World {
                 None
             }
         }
-    }
-
-    /// What a life has opened is no old copy any more: the catalog knows what it is worth.
-    fn settle_old(&mut self, counters: &Counters) {
-        let mut records = self.catalog.records();
-        let old = records.returned_old.filter(|disk| !counters.is_opened(*disk));
-        records.returned_old = old;
-        self.old_copies = records.returns;
     }
 
     /// In a quarter of the rounds with a cut, the power may go sooner: while the catalog is being changed.
