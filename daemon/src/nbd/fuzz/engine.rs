@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use libvol::runtime::{Done, Driver, FileSlot, Op, OpKey, Unpark, Wait};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
 use slab::Slab;
 
@@ -93,7 +93,7 @@ fn gone(socket: &OwnedFd) -> bool {
         tv_sec: 0,
         tv_nsec: 0,
     };
-    poll(&mut fds, Some(&now)).expect("a poll of one socket") > 0
+    retry_on_intr(|| poll(&mut fds, Some(&now))).expect("a poll of one socket") > 0
 }
 
 impl Driver for Engine {

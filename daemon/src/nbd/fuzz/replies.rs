@@ -269,8 +269,10 @@ fn same(sent: &Pieces, data: &Pieces) -> bool {
     for (at, bytes) in sent {
         let (mut at, mut rest) = (*at, &bytes[..]);
         while !rest.is_empty() {
-            let zeros = match data.peek() {
-                Some((next, _)) => usize::try_from(next - at).unwrap_or(usize::MAX).min(rest.len()),
+            let zeros = match data.peek().map(|(next, _)| next.checked_sub(at)) {
+                Some(Some(gap)) => usize::try_from(gap).unwrap_or(usize::MAX).min(rest.len()),
+                // Data that was not sent: another read of the same place.
+                Some(None) => return false,
                 None => rest.len(),
             };
             if zeros > 0 {
