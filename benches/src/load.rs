@@ -1,4 +1,5 @@
-//! The loads, run by fio: its nbd engine against a server's socket, io_uring against a raw file.
+//! The loads, run by fio: its nbd engine against a server's socket, io_uring against a raw file. Over vhost-user-blk, for which
+//! fio has no engine, [`crate::vhost`] runs them.
 
 use std::path::Path;
 
@@ -8,6 +9,7 @@ use vold_tests::tools::{output, texts, tool};
 
 use crate::figures::Sample;
 use crate::server::CpuClock;
+use crate::vhost;
 
 /// One row of the table.
 #[derive(Clone, Copy, Debug)]
@@ -20,9 +22,40 @@ pub struct Load {
     pub block_bytes: u64,
     /// Requests in flight.
     pub depth: u32,
-    /// The least ratio of vold with one replica to qemu-storage-daemon on a raw image, median over the rounds; none where
-    /// nothing is promised.
-    pub floor: Option<f64>,
+    /// The least ratio of vold with one replica to qemu-storage-daemon on a raw image, median over the rounds, over NBD;
+    /// none where nothing is promised.
+    pub floor_nbd: Option<f64>,
+    /// The same over vhost-user-blk.
+    pub floor_vhost: Option<f64>,
+}
+
+impl Load {
+    /// What is promised over a transport.
+    pub fn floor(&self, transport: Transport) -> Option<f64> {
+        match transport {
+            Transport::Nbd => self.floor_nbd,
+            Transport::VhostUser => self.floor_vhost,
+        }
+    }
+}
+
+/// How client and server speak.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Transport {
+    /// NBD over a Unix socket.
+    Nbd,
+    /// vhost-user-blk.
+    VhostUser,
+}
+
+impl Transport {
+    /// As `volctl attach --via` has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Transport::Nbd => "nbd",
+            Transport::VhostUser => "vhost-user",
+        }
+    }
 }
 
 const KIB: u64 = 1 << 10;
@@ -35,42 +68,48 @@ pub const LOADS: [Load; 6] = [
         rw: "randread",
         block_bytes: 4 * KIB,
         depth: 32,
-        floor: Some(1.2),
+        floor_nbd: Some(1.2),
+        floor_vhost: Some(1.0),
     },
     Load {
         name: "4k randwrite d32",
         rw: "randwrite",
         block_bytes: 4 * KIB,
         depth: 32,
-        floor: Some(1.3),
+        floor_nbd: Some(1.3),
+        floor_vhost: Some(1.0),
     },
     Load {
         name: "4k randread d1",
         rw: "randread",
         block_bytes: 4 * KIB,
         depth: 1,
-        floor: Some(0.95),
+        floor_nbd: Some(0.95),
+        floor_vhost: None,
     },
     Load {
         name: "4k randwrite d1",
         rw: "randwrite",
         block_bytes: 4 * KIB,
         depth: 1,
-        floor: None,
+        floor_nbd: None,
+        floor_vhost: None,
     },
     Load {
         name: "1M read d8",
         rw: "read",
         block_bytes: MIB,
         depth: 8,
-        floor: None,
+        floor_nbd: None,
+        floor_vhost: None,
     },
     Load {
         name: "1M write d8",
         rw: "write",
         block_bytes: MIB,
         depth: 8,
-        floor: Some(1.4),
+        floor_nbd: Some(1.4),
+        floor_vhost: None,
     },
 ];
 
@@ -80,7 +119,8 @@ pub const FILL: Load = Load {
     rw: "write",
     block_bytes: MIB,
     depth: 8,
-    floor: None,
+    floor_nbd: None,
+    floor_vhost: None,
 };
 
 /// Where the load goes.
@@ -88,6 +128,8 @@ pub const FILL: Load = Load {
 pub enum Target {
     /// An NBD export.
     Nbd(String),
+    /// The socket of a vhost-user-blk device.
+    VhostUser(std::path::PathBuf),
     /// A file, around all servers.
     File(std::path::PathBuf),
 }
@@ -104,7 +146,7 @@ pub enum Duration {
 /// Runs a load; `clock` is that of the server's process.
 ///
 /// # Errors
-/// fio's, with what it said.
+/// The client's, with what it said.
 pub fn run(
     load: Load,
     target: &Target,
@@ -123,6 +165,7 @@ pub fn run(
     ]);
     match target {
         Target::Nbd(uri) => fio.arg("--ioengine=nbd").arg(format!("--uri={uri}")),
+        Target::VhostUser(socket) => return vhost::run(load, socket, size_bytes, duration, clock),
         Target::File(path) => fio
             .args(["--ioengine=io_uring", "--direct=1"])
             .arg(format!("--filename={}", path.display())),

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use vold_tests::tools::{output, texts, tool, workspace_binary};
 use vold_tests::wait_for;
 
-use crate::load::{Duration, LOADS, Target, run};
+use crate::load::{Duration, LOADS, Target, Transport, run};
 
 /// CPU time of one process.
 #[derive(Clone, Debug)]
@@ -165,13 +165,22 @@ impl Vold {
     ///
     /// # Errors
     /// `volctl`'s.
-    pub fn volume(&self, name: &str, size_bytes: u64, replicas: usize) -> Result<Target> {
+    pub fn volume(
+        &self,
+        name: &str,
+        size_bytes: u64,
+        replicas: usize,
+        transport: Transport,
+    ) -> Result<Target> {
         self.volctl(&format!(
             "volume create bench/{name} --size {size_bytes} --replicas {replicas}"
         ))?;
-        let attachment = self.volctl(&format!("attach bench/{name} --vm vm"))?;
-        let uri = attachment["uri"].as_str().context("a URI")?;
-        Ok(Target::Nbd(uri.to_owned()))
+        let attachment = self.volctl(&format!("attach bench/{name} --vm vm --via {}", transport.name()))?;
+        let text = |field: &'static str| attachment[field].as_str().context(field);
+        Ok(match transport {
+            Transport::Nbd => Target::Nbd(text("uri")?.to_owned()),
+            Transport::VhostUser => Target::VhostUser(text("socket")?.into()),
+        })
     }
 
     /// Its CPU time.
@@ -282,7 +291,14 @@ impl Qemu {
     ///
     /// # Errors
     /// What it says when it does not start.
-    pub fn start(dir: &Path, name: &str, image: &Path, luks: bool, setup: Setup) -> Result<Self> {
+    pub fn start(
+        dir: &Path,
+        name: &str,
+        image: &Path,
+        luks: bool,
+        setup: Setup,
+        transport: Transport,
+    ) -> Result<Self> {
         let socket = dir.join(format!("{name}.sock"));
         let _ = fs::remove_file(&socket);
         let mut command = tool("qemu-storage-daemon");
@@ -300,14 +316,22 @@ impl Qemu {
                 "driver=luks,node-name=disk,file=file,key-secret=s,cache.direct=on"
             } else {
                 "driver=raw,node-name=disk,file=file,cache.direct=on"
-            })
-            .arg("--nbd-server")
-            .arg(format!("addr.type=unix,addr.path={}", socket.display()))
-            .arg("--export")
-            .arg(format!(
-                "type=nbd,id=export,node-name=disk,name=disk,writable=on{}",
-                if setup.iothread { ",iothread=io0" } else { "" }
-            ))
+            });
+        let iothread = if setup.iothread { ",iothread=io0" } else { "" };
+        match transport {
+            Transport::Nbd => command
+                .arg("--nbd-server")
+                .arg(format!("addr.type=unix,addr.path={}", socket.display()))
+                .arg("--export")
+                .arg(format!(
+                    "type=nbd,id=export,node-name=disk,name=disk,writable=on{iothread}"
+                )),
+            Transport::VhostUser => command.arg("--export").arg(format!(
+                "type=vhost-user-blk,id=export,node-name=disk,writable=on,addr.type=unix,addr.path={}{iothread}",
+                socket.display()
+            )),
+        };
+        command
             .stdout(Stdio::null())
             .stderr(fs::File::create(dir.join(format!("{name}.log")))?);
         let mut process = Running(command.spawn().context("qemu-storage-daemon")?);
@@ -323,7 +347,10 @@ impl Qemu {
         }
         Ok(Self {
             process,
-            target: Target::Nbd(format!("nbd+unix:///disk?socket={}", socket.display())),
+            target: match transport {
+                Transport::Nbd => Target::Nbd(format!("nbd+unix:///disk?socket={}", socket.display())),
+                Transport::VhostUser => Target::VhostUser(socket),
+            },
         })
     }
 
@@ -331,10 +358,16 @@ impl Qemu {
     ///
     /// # Errors
     /// When none of them works.
-    pub fn best(dir: &Path, image: &Path, size_bytes: u64, seconds: u32) -> Result<Setup> {
+    pub fn best(
+        dir: &Path,
+        image: &Path,
+        size_bytes: u64,
+        seconds: u32,
+        transport: Transport,
+    ) -> Result<Setup> {
         let mut best: Option<(f64, Setup)> = None;
         for setup in Setup::ALL {
-            let measured = Self::start(dir, "probe", image, false, setup).and_then(|qemu| {
+            let measured = Self::start(dir, "probe", image, false, setup, transport).and_then(|qemu| {
                 run(
                     LOADS[0],
                     &qemu.target,

@@ -1,6 +1,6 @@
 //! `make bench`: vold against qemu-storage-daemon and the bare disk, same client, same disk, one run.
 //!
-//! Every target is written full first (its first-write figure is shown apart), then every row runs against every target,
+//! One table for each transport. Every target is written full first (its first-write figure is shown apart), then every row runs against every target,
 //! `--rounds` times, in an order that rotates from round to round. Shown are medians over the rounds, and the ratio to
 //! qemu-storage-daemon on a raw image as least–median–greatest of the rounds' own ratios.
 
@@ -9,9 +9,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use serde_json::json;
+use serde_json::{Value, json};
 use vold_benches::figures::{Sample, Verdict, medians, ratios};
-use vold_benches::load::{Duration, FILL, LOADS, Load, Target, run};
+use vold_benches::load::{Duration, FILL, LOADS, Load, Target, Transport, run};
 use vold_benches::server::{CpuClock, Qemu, Setup, Vold};
 
 /// Compare vold with QEMU's storage daemon and with the bare disk.
@@ -38,6 +38,9 @@ struct Args {
     /// Only these targets (qemu-raw is always there); may be given several times
     #[arg(long, value_name = "NAME")]
     target: Vec<String>,
+    /// Transports; may be given several times [default: all]
+    #[arg(long, value_name = "TRANSPORT")]
+    via: Vec<Transport>,
     /// Set-up of qemu: "auto" measures four and takes the best
     #[arg(long, default_value = "auto", value_parser = ["auto", "io_uring", "native"])]
     peer_aio: String,
@@ -81,6 +84,39 @@ fn main() -> Result<ExitCode> {
         !args.check_floors || args.target.is_empty() || args.target.iter().any(|target| target == HELD),
         "--check-floors needs {HELD} among the targets"
     );
+    let transports = match args.via.as_slice() {
+        [] => &[Transport::Nbd, Transport::VhostUser],
+        chosen => chosen,
+    };
+    let (mut tables, mut missed) = (Vec::new(), false);
+    for transport in transports {
+        eprintln!("over {}", transport.name());
+        let table = compare(&args, &loads, *transport)?;
+        if !args.json {
+            table.print();
+        }
+        missed |= table.verdicts.iter().any(|verdict| !verdict.met());
+        tables.push(table);
+    }
+    if args.json {
+        let tables: Vec<Value> = tables.iter().map(Table::json).collect();
+        println!("{:#}", json!({ "tables": tables }));
+    }
+    Ok(ExitCode::from(u8::from(args.check_floors && missed)))
+}
+
+/// What was measured over one transport.
+struct Table {
+    transport: Transport,
+    head: String,
+    loads: Vec<Load>,
+    candidates: Vec<Candidate>,
+    samples: Samples,
+    verdicts: Vec<Verdict>,
+}
+
+/// Sets all targets up, measures, and takes them down.
+fn compare(args: &Args, loads: &[Load], transport: Transport) -> Result<Table> {
     let wanted = |name: &str| name == BASE || args.target.is_empty() || args.target.iter().any(|t| t == name);
     let scratch = tempfile::Builder::new()
         .prefix("vold-bench-")
@@ -93,20 +129,20 @@ fn main() -> Result<ExitCode> {
     };
 
     let raw_image = Qemu::image(dir, "raw", size, false)?;
-    let first = Qemu::start(dir, "fill", &raw_image, false, Setup::ALL[0])?;
+    let first = Qemu::start(dir, "fill", &raw_image, false, Setup::ALL[0], transport)?;
     let raw_fill = fill(BASE, &first.target, Some(&first.clock()?))?;
     drop(first);
     let setup = match args.peer_aio.as_str() {
         "auto" => {
             eprintln!("choosing qemu's set-up");
-            Qemu::best(dir, &raw_image, size, args.seconds.min(3))?
+            Qemu::best(dir, &raw_image, size, args.seconds.min(3), transport)?
         }
         aio => *Setup::ALL
             .iter()
             .find(|setup| setup.aio == aio)
             .expect("checked by the parser"),
     };
-    let raw = Qemu::start(dir, "raw", &raw_image, false, setup)?;
+    let raw = Qemu::start(dir, "raw", &raw_image, false, setup, transport)?;
     let mut candidates = vec![Candidate {
         name: BASE,
         target: raw.target.clone(),
@@ -120,7 +156,7 @@ fn main() -> Result<ExitCode> {
         let vold = vold.insert(Vold::start(dir, size * 2 + (512 << 20), &args.vold_arg)?);
         for (name, volume, replicas) in [("vold-1", "one", 1), ("vold-2", "two", 2)] {
             if wanted(name) {
-                let target = vold.volume(volume, size, replicas)?;
+                let target = vold.volume(volume, size, replicas, transport)?;
                 let clock = vold.clock()?;
                 let fill = fill(name, &target, Some(&clock))?;
                 candidates.push(Candidate {
@@ -135,7 +171,7 @@ fn main() -> Result<ExitCode> {
     let mut luks = None;
     if wanted("qemu-luks") {
         let image = Qemu::image(dir, "luks", size, true)?;
-        let qemu = luks.insert(Qemu::start(dir, "luks", &image, true, setup)?);
+        let qemu = luks.insert(Qemu::start(dir, "luks", &image, true, setup, transport)?);
         let clock = qemu.clock()?;
         let fill = fill("qemu-luks", &qemu.target, Some(&clock))?;
         candidates.push(Candidate {
@@ -145,7 +181,8 @@ fn main() -> Result<ExitCode> {
             fill,
         });
     }
-    if wanted("disk") {
+    // The bare disk has another client than vhost-user-blk.
+    if wanted("disk") && transport == Transport::Nbd {
         let path = dir.join("disk.img");
         std::fs::File::create(&path)?.set_len(size)?;
         let target = Target::File(path);
@@ -158,54 +195,49 @@ fn main() -> Result<ExitCode> {
         });
     }
 
-    let samples = measure(&args, &loads, &candidates, size, dir)?;
+    let samples = measure(args, loads, &candidates, size, dir)?;
+    let client = match transport {
+        Transport::Nbd => vold_tests::tools::run("fio", ["--version"]).trim().to_owned(),
+        Transport::VhostUser => "libblkio, one queue".into(),
+    };
     let head = format!(
-        "{}; qemu-storage-daemon {}; fio {}; {} MiB a volume, {} rounds of {} s, on {}",
+        "over {}; {}; qemu-storage-daemon {}; {client}; {} MiB a volume, {} rounds of {} s, on {}",
+        transport.name(),
         vold.as_ref().map_or(Ok("no vold".into()), Vold::describe)?,
         setup.describe(),
-        vold_tests::tools::run("fio", ["--version"]).trim(),
         args.size,
         args.rounds,
         args.seconds,
         args.dir.display()
     );
-    let verdicts = verdicts(&loads, &candidates, &samples);
-    if args.json {
-        print_json(&head, &loads, &candidates, &samples, &verdicts);
-    } else {
-        print_table(&head, &loads, &candidates, &samples);
-        print_verdicts(&verdicts);
-    }
-    let missed = verdicts.iter().any(|verdict| !verdict.met());
-    Ok(ExitCode::from(u8::from(args.check_floors && missed)))
+    Ok(Table {
+        transport,
+        head,
+        verdicts: verdicts(loads, &candidates, &samples, transport),
+        loads: loads.to_vec(),
+        candidates,
+        samples,
+    })
 }
 
 /// Each measured load that has a floor, against it.
-fn verdicts(loads: &[Load], candidates: &[Candidate], samples: &Samples) -> Vec<Verdict> {
+fn verdicts(
+    loads: &[Load],
+    candidates: &[Candidate],
+    samples: &Samples,
+    transport: Transport,
+) -> Vec<Verdict> {
     let Some(held) = candidates.iter().position(|candidate| candidate.name == HELD) else {
         return Vec::new();
     };
     let verdict = |(load, row): (&Load, &Vec<Vec<Sample>>)| {
         Some(Verdict {
             load: load.name,
-            floor: load.floor?,
+            floor: load.floor(transport)?,
             ratio: ratios(&row[held], &row[0])?.1,
         })
     };
     loads.iter().zip(samples).filter_map(verdict).collect()
-}
-
-fn print_verdicts(verdicts: &[Verdict]) {
-    println!();
-    for verdict in verdicts {
-        println!(
-            "floor {:<19} {HELD} {:.2} of {BASE}, at least {:.2}: {}",
-            verdict.load,
-            verdict.ratio,
-            verdict.floor,
-            if verdict.met() { "met" } else { "MISSED" }
-        );
-    }
 }
 
 /// Samples by load, candidate and round.
@@ -241,24 +273,74 @@ fn measure(
     Ok(samples)
 }
 
-fn print_table(head: &str, loads: &[Load], candidates: &[Candidate], samples: &Samples) {
-    println!("{head}\n");
-    println!(
-        "{:<19} {:<10} {:>9} {:>8} {:>9} {:>9} {:>11}  ratio to {BASE} (least–greatest)",
-        "load", "target", "IOPS", "MB/s", "p50 µs", "p99 µs", "CPU µs/req"
-    );
-    for (load, row) in loads.iter().zip(samples) {
-        for (candidate, rounds) in candidates.iter().zip(row) {
-            let ratio = ratios(rounds, &row[0]).map_or(String::new(), |(least, middle, greatest)| {
-                format!("{middle:.2} ({least:.2}–{greatest:.2})")
-            });
-            print_line(load.name, candidate.name, &medians(rounds), &ratio);
+impl Table {
+    fn print(&self) {
+        println!("{}\n", self.head);
+        println!(
+            "{:<19} {:<10} {:>9} {:>8} {:>9} {:>9} {:>11}  ratio to {BASE} (least–greatest)",
+            "load", "target", "IOPS", "MB/s", "p50 µs", "p99 µs", "CPU µs/req"
+        );
+        for (load, row) in self.loads.iter().zip(&self.samples) {
+            for (candidate, rounds) in self.candidates.iter().zip(row) {
+                let ratio = ratios(rounds, &row[0]).map_or(String::new(), |(least, middle, greatest)| {
+                    format!("{middle:.2} ({least:.2}–{greatest:.2})")
+                });
+                print_line(load.name, candidate.name, &medians(rounds), &ratio);
+            }
+            println!();
+        }
+        for candidate in &self.candidates {
+            let ratio = format!("{:.2}", candidate.fill.iops / self.candidates[0].fill.iops);
+            print_line(FILL.name, candidate.name, &candidate.fill, &ratio);
+        }
+        println!();
+        for verdict in &self.verdicts {
+            println!(
+                "floor {:<10} {:<19} {HELD} {:.2} of {BASE}, at least {:.2}: {}",
+                self.transport.name(),
+                verdict.load,
+                verdict.ratio,
+                verdict.floor,
+                if verdict.met() { "met" } else { "MISSED" }
+            );
         }
         println!();
     }
-    for candidate in candidates {
-        let ratio = format!("{:.2}", candidate.fill.iops / candidates[0].fill.iops);
-        print_line(FILL.name, candidate.name, &candidate.fill, &ratio);
+
+    fn json(&self) -> Value {
+        let object = |sample: &Sample| {
+            json!({
+                "iops": sample.iops, "mb_per_s": sample.mb_per_s, "p50_us": sample.p50_us, "p99_us": sample.p99_us,
+                "server_cpu_us_per_request": sample.cpu_us,
+            })
+        };
+        let mut rows = Vec::new();
+        for (load, row) in self.loads.iter().zip(&self.samples) {
+            for (candidate, rounds) in self.candidates.iter().zip(row) {
+                let mut entry = object(&medians(rounds));
+                entry["load"] = json!(load.name);
+                entry["target"] = json!(candidate.name);
+                entry["rounds"] = rounds.iter().map(object).collect();
+                if let Some((least, middle, greatest)) = ratios(rounds, &row[0]) {
+                    entry["ratio"] = json!({"least": least, "median": middle, "greatest": greatest});
+                }
+                rows.push(entry);
+            }
+        }
+        for candidate in &self.candidates {
+            let mut entry = object(&candidate.fill);
+            entry["load"] = json!(FILL.name);
+            entry["target"] = json!(candidate.name);
+            rows.push(entry);
+        }
+        let floors: Vec<_> = self
+            .verdicts
+            .iter()
+            .map(|v| json!({"load": v.load, "target": HELD, "floor": v.floor, "ratio": v.ratio, "met": v.met()}))
+            .collect();
+        json!({
+            "transport": self.transport.name(), "what": self.head, "base": BASE, "rows": rows, "floors": floors,
+        })
     }
 }
 
@@ -267,41 +349,5 @@ fn print_line(load: &str, target: &str, sample: &Sample, ratio: &str) {
     println!(
         "{load:<19} {target:<10} {:>9.0} {:>8.1} {:>9.0} {:>9.0} {cpu:>11}  {ratio}",
         sample.iops, sample.mb_per_s, sample.p50_us, sample.p99_us
-    );
-}
-
-fn print_json(head: &str, loads: &[Load], candidates: &[Candidate], samples: &Samples, verdicts: &[Verdict]) {
-    let object = |sample: &Sample| {
-        json!({
-            "iops": sample.iops, "mb_per_s": sample.mb_per_s, "p50_us": sample.p50_us, "p99_us": sample.p99_us,
-            "server_cpu_us_per_request": sample.cpu_us,
-        })
-    };
-    let mut rows = Vec::new();
-    for (load, row) in loads.iter().zip(samples) {
-        for (candidate, rounds) in candidates.iter().zip(row) {
-            let mut entry = object(&medians(rounds));
-            entry["load"] = json!(load.name);
-            entry["target"] = json!(candidate.name);
-            entry["rounds"] = rounds.iter().map(object).collect();
-            if let Some((least, middle, greatest)) = ratios(rounds, &row[0]) {
-                entry["ratio"] = json!({"least": least, "median": middle, "greatest": greatest});
-            }
-            rows.push(entry);
-        }
-    }
-    for candidate in candidates {
-        let mut entry = object(&candidate.fill);
-        entry["load"] = json!(FILL.name);
-        entry["target"] = json!(candidate.name);
-        rows.push(entry);
-    }
-    let floors: Vec<_> = verdicts
-        .iter()
-        .map(|v| json!({"load": v.load, "target": HELD, "floor": v.floor, "ratio": v.ratio, "met": v.met()}))
-        .collect();
-    println!(
-        "{:#}",
-        json!({"what": head, "base": BASE, "rows": rows, "floors": floors})
     );
 }

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use vold_benches::load::{Duration, FILL, LOADS, Target, run};
+use vold_benches::load::{Duration, FILL, LOADS, Target, Transport, run};
 use vold_benches::server::Vold;
 use vold_tests::nbd::Client;
 use vold_tests::wait_for;
@@ -51,7 +51,7 @@ fn measure(args: &Args) -> Result<bool> {
     let extent = args.extent_size * MIB;
     let size = args.extents * extent;
     let mut vold = Vold::start_with(dir.path(), size + size / 8 + 64 * MIB, extent, &[])?;
-    let target = vold.volume("v", size, 2)?;
+    let target = vold.volume("v", size, 2, Transport::Nbd)?;
     run(FILL, &target, size, Duration::Once, None, dir.path())?;
     let Target::Nbd(uri) = &target else {
         unreachable!("a volume is an NBD export")

@@ -235,7 +235,7 @@ impl Operations {
     /// Whether what replicas have left on the store is gone.
     ///
     /// # Errors
-    /// `Busy` while it is not, or nobody can tell; `Invalid` for a lost store.
+    /// `Busy` while it is not, or nobody can tell; `Unavailable` when the store does not answer; `Invalid` for a lost store.
     async fn check_nothing_left(&self, name: &Name) -> Result<()> {
         let record = self.look(|view| store_named(view, name))?;
         if record.leaving == Some(Leaving::Lost) {
@@ -258,9 +258,10 @@ impl Operations {
                 .any(|volume| volume.is_on(record.id)))
         })?;
         let space = handle.space();
-        let shard = self.shards.of_store(record.id);
-        let volumes = shard.call(move |_| async move { handle.volumes().await }).await;
-        let left = volumes.is_ok_and(|volumes| !volumes.is_empty())
+        let volumes = self
+            .ask_store(&handle, |store| async move { store.volumes().await })
+            .await?;
+        let left = !volumes.is_empty()
             || space.allocated > 0
             || (draining && space.pending_scrub > 0);
         // Volumes that use it are named by the removal itself.
