@@ -183,6 +183,7 @@ fn issue(args: &IssueArgs) -> Result<Made, Failure> {
     let key = new_key()?;
     let cert = client.signed_by(&key, &issuer).map_err(failed)?;
     // Written down first: what is in nobody's list cannot be revoked.
+    let _alone = lock(dir)?;
     let serial = client.serial_number.as_ref().map(SerialNumber::to_bytes);
     let mut list = issued(dir)?;
     list.push(Issued {
@@ -208,54 +209,82 @@ fn issue(args: &IssueArgs) -> Result<Made, Failure> {
 
 fn revoke(args: &Whose) -> Result<Made, Failure> {
     let (_, issuer) = authority(&args.dir)?;
+    let _alone = lock(&args.dir)?;
     let now = OffsetDateTime::now_utc();
     let mut list = issued(&args.dir)?;
-    let mut count = 0;
+    let (mut count, mut already) = (0, 0);
     for entry in &mut list {
-        let is_its = entry.customer == args.customer && entry.vm == args.vm;
-        if is_its && entry.revoked_unix_seconds.is_none() {
-            entry.revoked_unix_seconds = Some(now.unix_timestamp());
-            count += 1;
+        if entry.customer != args.customer || entry.vm != args.vm {
+            continue;
+        }
+        match entry.revoked_unix_seconds {
+            Some(_) => already += 1,
+            None => {
+                entry.revoked_unix_seconds = Some(now.unix_timestamp());
+                count += 1;
+            }
         }
     }
     let name = format!("{}/{}", args.customer, args.vm);
-    if count == 0 {
+    if count + already == 0 {
         return Err(Failure::new(
             Kind::NotFound,
-            format!("VM {name} has no certificate of this authority that is not revoked already"),
+            format!("VM {name} has no certificate of this authority"),
         ));
     }
-    let revoked = |entry: &Issued| {
-        let at = OffsetDateTime::from_unix_timestamp(entry.revoked_unix_seconds?).ok()?;
-        Some(RevokedCertParams {
-            serial_number: SerialNumber::from_slice(&unhex(&entry.serial)?),
-            revocation_time: at,
-            reason_code: Some(RevocationReason::CessationOfOperation),
-            invalidity_date: None,
-        })
-    };
     let params = CertificateRevocationListParams {
         this_update: now - EARLIER,
         next_update: now + Duration::days(CA_DAYS.into()),
         crl_number: SerialNumber::from_slice(&now.unix_timestamp().to_be_bytes()),
         issuing_distribution_point: None,
-        revoked_certs: list.iter().filter_map(revoked).collect(),
+        revoked_certs: list
+            .iter()
+            .filter_map(|entry| Some(revoked(entry, entry.revoked_unix_seconds?)))
+            .collect::<Result<_, _>>()?,
         key_identifier_method: KeyIdMethod::Sha256,
     };
     let crl = params
         .signed_by(&issuer)
         .and_then(|crl| crl.pem())
         .map_err(failed)?;
+    // In this order: what is in no list of revoked certificates yet is put there by revoking again.
     put_issued(&args.dir, &list)?;
     write_over(&args.dir.join("ca-crl.pem"), &crl, 0o644)?;
     Ok(Made {
         dir: args.dir.display().to_string(),
         files: vec!["ca-crl.pem".into()],
         note: format!(
-            "{count} certificate{} of {name} revoked; connections that are open go on: volctl detach ends them",
-            if count == 1 { "" } else { "s" }
+            "{count} certificate{} of {name} revoked{}; connections that are open go on: volctl detach ends them",
+            if count == 1 { "" } else { "s" },
+            match already {
+                0 => String::new(),
+                already => format!(", {already} before"),
+            }
         ),
     })
+}
+
+fn revoked(entry: &Issued, unix_seconds: i64) -> Result<RevokedCertParams, Failure> {
+    let unusable = || {
+        let text = format!(
+            "issued.jsonl: the entry of {}/{} with serial {:?} cannot be understood; mend it first: its certificate would stay good",
+            entry.customer, entry.vm, entry.serial
+        );
+        Failure::new(Kind::Damaged, text)
+    };
+    let serial = unhex(&entry.serial).ok_or_else(unusable)?;
+    Ok(RevokedCertParams {
+        serial_number: SerialNumber::from_slice(&serial),
+        revocation_time: OffsetDateTime::from_unix_timestamp(unix_seconds).map_err(|_| unusable())?,
+        reason_code: Some(RevocationReason::CessationOfOperation),
+        invalidity_date: None,
+    })
+}
+
+/// Nobody else changes the authority's files as long as the value lives.
+fn lock(dir: &Path) -> Result<std::fs::File, Failure> {
+    let held = std::fs::File::open(dir).and_then(|dir| dir.lock().map(|()| dir));
+    held.map_err(|e| unusable(dir, &e))
 }
 
 /// The authority's certificate, and itself, to sign with.

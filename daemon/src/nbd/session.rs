@@ -39,6 +39,8 @@ pub(crate) struct Sessions {
     looked: Cell<u64>,
     changed: Notify,
     budget: Rc<Budget>,
+    /// Requests that failed, for the log.
+    failures: Cell<u64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +81,7 @@ impl Sessions {
             looked: Cell::new(0),
             changed: Notify::default(),
             budget: Rc::default(),
+            failures: Cell::new(0),
         })
     }
 
@@ -206,6 +209,13 @@ impl Seat {
     /// What all connections may have in flight together.
     pub(super) fn budget(&self) -> Rc<Budget> {
         self.sessions.budget.clone()
+    }
+
+    /// One more request of the attachment has failed; how many that are.
+    pub(super) fn count_failure(&self) -> u64 {
+        let failures = self.sessions.failures.get() + 1;
+        self.sessions.failures.set(failures);
+        failures
     }
 
     /// Makes the connection known to its siblings.

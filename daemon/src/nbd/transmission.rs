@@ -20,16 +20,18 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io;
+use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
+use futures_util::future::{Either, select};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use libvol::crypto::seal::PlainBuf;
 use libvol::error::{Error, Kind, Result};
 use libvol::limits::{BLOCK_SIZE, NBD_PAYLOAD_MAX};
-use libvol::runtime::{net::Stream, spawn, timeout, yield_now};
+use libvol::runtime::{net::Stream, spawn, sync::Notify, timeout, yield_now};
 
 use super::device::Device;
 use super::handshake::Negotiated;
@@ -49,8 +51,10 @@ const INBOX_BYTES: usize = 256 << 10;
 const BULK_BYTES: u32 = 64 << 10;
 /// Bytes that BLOCK_STATUS looks at in one request.
 const STATUS_BYTES_MAX: u64 = 256 << 30;
-/// Trim and write-zeroes are carried out in pieces of this size.
+/// Trims, and zeros that may be holes, are carried out in pieces of this size: mostly records of extents change.
 const PIECE_BYTES: u64 = 1 << 30;
+/// Zeros that are written take the device's time.
+const WRITTEN_PIECE_BYTES: u64 = NBD_PAYLOAD_MAX as u64;
 /// A client that has said goodbye gets this long to take its last replies.
 const FAREWELL: Duration = Duration::from_secs(10);
 
@@ -74,8 +78,8 @@ pub(super) async fn run<D: Device>(mut inbox: Inbox, negotiated: Negotiated<D>, 
         running: Cell::new(0),
         receiving: Cell::new(true),
         cut: Cell::new(false),
+        cut_off: Notify::default(),
         ended: RefCell::default(),
-        failures: Cell::new(0),
         seat,
     });
     // Whichever way this future ends, a connection without a reader starts nothing more.
@@ -137,8 +141,8 @@ struct Connection<D> {
     running: Cell<usize>,
     receiving: Cell<bool>,
     cut: Cell<bool>,
+    cut_off: Notify,
     ended: RefCell<Option<Waker>>,
-    failures: Cell<u64>,
     seat: Seat,
 }
 
@@ -370,7 +374,7 @@ impl<D: Device> Connection<D> {
             }
             Request::Flush => self.device.flush().await,
             Request::Trim { offset, len, fua } => {
-                self.in_pieces(offset, len, async |at, piece, last| {
+                self.in_pieces(offset, len, PIECE_BYTES, async |at, piece, last| {
                     self.device.trim(at, piece, fua && last).await
                 })
                 .await
@@ -381,7 +385,8 @@ impl<D: Device> Connection<D> {
                 fua,
                 no_hole,
             } => {
-                self.in_pieces(offset, len, async |at, piece, last| {
+                let at_most = if no_hole { WRITTEN_PIECE_BYTES } else { PIECE_BYTES };
+                self.in_pieces(offset, len, at_most, async |at, piece, last| {
                     self.device.write_zeroes(at, piece, fua && last, no_hole).await
                 })
                 .await
@@ -395,7 +400,10 @@ impl<D: Device> Connection<D> {
                 let max_runs = if one { 1 } else { BLOCK_STATUS_RUNS_MAX };
                 // An answer about less than was asked is one.
                 let len = len.min(STATUS_BYTES_MAX);
-                match self.device.block_status(offset, len, max_runs).await {
+                match self
+                    .unless_cut(self.device.block_status(offset, len, max_runs))
+                    .await
+                {
                     Ok(runs) => return self.reply_block_status(cookie, contexts, len, runs, cost_bytes),
                     Err(e) => Err(e),
                 }
@@ -404,6 +412,8 @@ impl<D: Device> Connection<D> {
         };
         match done {
             Ok(()) => self.reply_success(cookie, false, cost_bytes),
+            // Nobody is there to hear of it.
+            Err(_) if self.cut.get() => {}
             Err(e) => {
                 let error = self.log_failure(&request, &e);
                 self.reply_error(cookie, error, error.public_text(), cost_bytes);
@@ -411,34 +421,43 @@ impl<D: Device> Connection<D> {
         }
     }
 
-    /// Carries out what may cover the whole device, piece by piece: whoever cuts the connection waits for a piece, and not
-    /// for the rest. The last piece is told that it is.
+    /// Carries out what may cover the whole device, piece by piece. The last piece is told that it is.
     async fn in_pieces(
         &self,
         offset: u64,
         len: u64,
+        at_most: u64,
         carry_out: impl AsyncFn(u64, u64, bool) -> Result<()>,
     ) -> Result<()> {
-        let mut done = 0;
-        while done < len {
-            if done > 0 && self.cut.get() {
-                // Nobody is there to hear it.
-                return Err(Error::unavailable("the connection was cut"));
-            }
-            // Whole extents stay whole: their size divides a piece's.
-            let to_boundary = PIECE_BYTES - (offset + done) % PIECE_BYTES;
-            let piece = to_boundary.min(len - done);
-            carry_out(offset + done, piece, done + piece == len).await?;
-            done += piece;
-            yield_now().await;
+        let end = offset + len;
+        for (at, piece) in pieces(offset, len, at_most) {
+            carry_out(at, piece, at + piece == end).await?;
+            self.between_pieces().await?;
         }
         Ok(())
     }
 
-    /// Logs the 1st, 2nd, 4th, 8th … failure of the connection: a client cannot flood the log.
+    /// What `work` gives, unless the connection is cut before that. Only for what changes nothing: it is dropped then.
+    async fn unless_cut<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let cut = self.cut_off.until(|| self.cut.get().then_some(()));
+        match select(pin!(work), pin!(cut)).await {
+            Either::Left((done, _)) => done,
+            Either::Right(_) => Err(Error::unavailable("the connection was cut")),
+        }
+    }
+
+    /// Whoever cuts the connection waits for a piece, and not for the rest; so do other requests.
+    async fn between_pieces(&self) -> Result<()> {
+        yield_now().await;
+        match self.cut.get() {
+            true => Err(Error::unavailable("the connection was cut")),
+            false => Ok(()),
+        }
+    }
+
+    /// Logs the 1st, 2nd, 4th, 8th … failure of the attachment: a client cannot flood the log, however often it connects.
     fn log_failure(&self, request: &Request, e: &Error) -> WireError {
-        let failures = self.failures.get() + 1;
-        self.failures.set(failures);
+        let failures = self.seat.count_failure();
         if failures.is_power_of_two() {
             tracing::warn!(
                 export = self.name,
@@ -461,6 +480,7 @@ impl<D: Device> Member for Connection<D> {
         }
         let dropped = self.waiting.take();
         drop(dropped);
+        self.cut_off.notify_all();
         self.window.close();
         self.outbox.discard();
         self.link.shutdown();
@@ -516,6 +536,18 @@ async fn send_replies<D: Device>(connection: Rc<Connection<D>>) {
         connection.window.release(sent.replies, sent.cost_bytes);
         connection.seat.note_progress();
     }
+}
+
+/// A range in pieces of at most `at_most` bytes, cut where that divides the device, so that whole extents, whose size divides
+/// it too, stay whole.
+fn pieces(offset: u64, len: u64, at_most: u64) -> impl Iterator<Item = (u64, u64)> {
+    let end = offset + len;
+    let mut at = offset;
+    std::iter::from_fn(move || {
+        let piece = (at_most - at % at_most).min(end - at);
+        at += piece;
+        (piece > 0).then_some((at - piece, piece))
+    })
 }
 
 fn has_hung_up(stream: &Stream) -> bool {

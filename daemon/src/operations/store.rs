@@ -261,9 +261,7 @@ impl Operations {
         let volumes = self
             .ask_store(&handle, |store| async move { store.volumes().await })
             .await?;
-        let left = !volumes.is_empty()
-            || space.allocated > 0
-            || (draining && space.pending_scrub > 0);
+        let left = !volumes.is_empty() || space.allocated > 0 || (draining && space.pending_scrub > 0);
         // Volumes that use it are named by the removal itself.
         match left && !used {
             false => Ok(()),

@@ -276,6 +276,11 @@ impl Seldom {
             say(times);
         }
     }
+
+    /// It is over: the next time is the first again.
+    pub(super) fn reset(&self) {
+        self.0.set(0);
+    }
 }
 
 /// The beginning of a client's text.

@@ -13,13 +13,21 @@ use libvol::runtime::net::{Listener, Stream};
 use libvol::runtime::{sleep, spawn};
 use libvol::{Error, Kind, Result};
 use rustix::net::getpeername;
-use rustix::net::sockopt::set_tcp_nodelay;
+use rustix::net::sockopt::{
+    set_socket_keepalive, set_tcp_keepidle, set_tcp_keepintvl, set_tcp_nodelay, set_tcp_user_timeout,
+};
 
 use super::door::Seldom;
 use super::switchboard::{Guest, Lobby, Switchboard};
 use super::tls::{TlsFiles, identity};
 use super::{Load, Shard, Shards};
 use crate::nbd;
+
+/// A peer that has been silent this long is asked whether it is there, and asked again.
+const SILENCE: Duration = Duration::from_secs(15);
+/// A connection whose peer has not acknowledged anything, or taken nothing of what is waiting for it, for so long has ended,
+/// milliseconds.
+const UNACKNOWLEDGED_MS: u32 = 120_000;
 
 /// Listening, and not serving yet.
 pub(crate) struct Bound {
@@ -74,6 +82,8 @@ struct Porch {
     tls: RefCell<TlsFiles>,
     closed: Cell<bool>,
     refused: Seldom,
+    /// Nobody is let in, since its own files are no good.
+    broken: Seldom,
     full: Seldom,
 }
 
@@ -100,6 +110,7 @@ impl Gate {
                     tls: RefCell::new(tls),
                     closed: Cell::new(false),
                     refused: Seldom::default(),
+                    broken: Seldom::default(),
                     full: Seldom::default(),
                 });
                 let mut listeners = Vec::new();
@@ -178,15 +189,17 @@ impl Porch {
             return;
         };
         let tls = match self.tls.borrow_mut().current() {
-            Ok(tls) => tls,
+            Ok(tls) => {
+                self.broken.reset();
+                tls
+            }
             Err(e) => {
-                self.refused
+                self.broken
                     .say(|times| tracing::error!(times, "nbd: nobody is let in over TCP: {e}"));
                 return;
             }
         };
-        // Replies are gathered already.
-        let _ = set_tcp_nodelay(stream.socket(), true);
+        set_up(&stream);
         let porch = self.clone();
         let receiving = async move {
             let received = nbd::receive(stream, tls, |certificate| porch.judge(certificate)).await;
@@ -222,6 +235,18 @@ impl Porch {
         }
         admitted
     }
+}
+
+/// Options of a connection's socket; one that cannot be set is done without.
+fn set_up(stream: &Stream) {
+    let socket = stream.socket();
+    // Replies are gathered already.
+    let _ = set_tcp_nodelay(socket, true);
+    // A host that has lost its power says nothing, and its connection would keep its place.
+    let _ = set_socket_keepalive(socket, true);
+    let _ = set_tcp_keepidle(socket, SILENCE);
+    let _ = set_tcp_keepintvl(socket, SILENCE);
+    let _ = set_tcp_user_timeout(socket, UNACKNOWLEDGED_MS);
 }
 
 fn peer_address(stream: &Stream) -> Option<IpAddr> {

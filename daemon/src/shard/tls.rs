@@ -2,7 +2,8 @@
 //!
 //! Files as QEMU's `tls-creds-x509` has them, in one directory: `ca-cert.pem`, `server-cert.pem`, `server-key.pem`, and
 //! `ca-crl.pem` if certificates were revoked. They are looked at again when one of them has changed, so that a revocation or
-//! a renewed certificate needs no restart. While a changed file cannot be read, nobody is let in.
+//! a renewed certificate needs no restart. While a changed file cannot be read, or the revocations have gone, nobody is let
+//! in.
 //!
 //! What a certificate is good for is one URI in its subject alternative name ([`VmIdentity`]); names, and anything else in it,
 //! count for nothing.
@@ -25,6 +26,10 @@ const CA: &str = "ca-cert.pem";
 const CERTIFICATE: &str = "server-cert.pem";
 const KEY: &str = "server-key.pem";
 const REVOKED: &str = "ca-crl.pem";
+const FILES: [&str; 4] = [CA, CERTIFICATE, KEY, REVOKED];
+
+/// When a file was changed, and its length, if it is there.
+type Seen = Option<(SystemTime, u64)>;
 
 /// Versions of TLS that are spoken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +61,7 @@ impl Versions {
 pub(crate) struct TlsFiles {
     dir: PathBuf,
     versions: Versions,
-    seen: Vec<Option<(SystemTime, u64)>>,
+    seen: [Seen; FILES.len()],
     config: Arc<ServerConfig>,
 }
 
@@ -77,27 +82,43 @@ impl TlsFiles {
     /// What is in force now.
     ///
     /// # Errors
-    /// As [`TlsFiles::load`], when a file has changed and cannot be read.
+    /// As [`TlsFiles::load`], when a file has changed and cannot be read, or the list of revoked certificates has gone: those
+    /// on it would be let in again.
     pub(crate) fn current(&mut self) -> Result<Arc<ServerConfig>> {
         let now = look(&self.dir);
         if now != self.seen {
+            if has_list(&self.seen) && !has_list(&now) {
+                return Err(Error::new(
+                    Kind::Invalid,
+                    format!(
+                        "TLS: {}: the list of revoked certificates is gone; put it back, or restart vold to do without",
+                        self.dir.join(REVOKED).display()
+                    ),
+                ));
+            }
             self.config = read(&self.dir, self.versions)?;
             self.seen = now;
-            tracing::info!(dir = %self.dir.display(), "TLS: certificates read anew");
+            tracing::info!(
+                dir = %self.dir.display(),
+                revocation_list = has_list(&now),
+                "TLS: certificates read anew"
+            );
         }
         Ok(self.config.clone())
     }
 }
 
-/// When each file was changed, and its length.
-fn look(dir: &Path) -> Vec<Option<(SystemTime, u64)>> {
-    [CA, CERTIFICATE, KEY, REVOKED]
-        .iter()
-        .map(|name| {
-            let facts = std::fs::metadata(dir.join(name)).ok()?;
-            Some((facts.modified().ok()?, facts.len()))
-        })
-        .collect()
+fn look(dir: &Path) -> [Seen; FILES.len()] {
+    FILES.map(|name| {
+        let facts = std::fs::metadata(dir.join(name)).ok()?;
+        Some((facts.modified().ok()?, facts.len()))
+    })
+}
+
+/// Whether the list of revoked certificates was there.
+fn has_list(seen: &[Seen; FILES.len()]) -> bool {
+    let [_, _, _, revoked] = seen;
+    revoked.is_some()
 }
 
 fn read(dir: &Path, versions: Versions) -> Result<Arc<ServerConfig>> {
@@ -115,7 +136,8 @@ fn read(dir: &Path, versions: Versions) -> Result<Arc<ServerConfig>> {
     let key = PrivateKeyDer::from_pem_file(dir.join(KEY)).map_err(|e| invalid(KEY, &e))?;
     let provider = Arc::new(aws_lc_rs::default_provider());
     let mut verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone());
-    if dir.join(REVOKED).exists() {
+    // A link that leads nowhere is a list that cannot be read, and not none.
+    if dir.join(REVOKED).symlink_metadata().is_ok() {
         let lists = CertificateRevocationListDer::pem_file_iter(dir.join(REVOKED))
             .and_then(Iterator::collect::<std::result::Result<Vec<_>, _>>)
             .map_err(|e| invalid(REVOKED, &e))?;

@@ -700,6 +700,47 @@ fn where_io_uring_is_refused_threads_take_over_and_the_line_says_why() {
 }
 
 #[test]
+fn more_may_wait_on_the_threads_engine_than_the_process_may_have_descriptors() {
+    const CHILD: &str = "VOLD_TEST_FEW_DESCRIPTORS";
+    if std::env::var_os(CHILD).is_none() {
+        // The limit is the whole process' own.
+        let name = "disk::tests::more_may_wait_on_the_threads_engine_than_the_process_may_have_descriptors";
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args([name, "--exact", "--nocapture"])
+            .env(CHILD, "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        assert!(
+            String::from_utf8_lossy(&output.stdout).contains("1 passed"),
+            "{said}"
+        );
+        return;
+    }
+    let few = libc::rlimit {
+        rlim_cur: 64,
+        rlim_max: 64,
+    };
+    // SAFETY: the value is a valid limit, and this process runs this test alone.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const few) }, 0);
+    runtime_on(EngineChoice::Threads).block_on(within(async {
+        let (ours, theirs) = socket_pair();
+        let waits: Vec<_> = (0..200)
+            .map(|_| {
+                let ours = ours.clone();
+                spawn(async move { ours.hung_up().await })
+            })
+            .collect();
+        sleep(Duration::from_millis(5)).await;
+        drop(theirs);
+        for wait in waits {
+            wait.await;
+        }
+    }));
+}
+
+#[test]
 fn a_block_device_is_claimed_and_classified_with_what_is_below_it() {
     let (scratch, file) = Scratch::new(1024);
     drop(file);

@@ -10,7 +10,7 @@
 //! It deliberately does not batch or reorder: it is the engine that works everywhere, not the fast one.
 
 use std::cell::RefCell;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -49,6 +49,8 @@ struct Core {
     ended: Vec<Ended>,
     message: Box<Message>,
     poll_set: Vec<libc::pollfd>,
+    /// Where in it each descriptor stands.
+    poll_places: HashMap<RawFd, usize>,
     collected: Vec<(OpKey, io::Result<usize>)>,
 }
 
@@ -115,6 +117,7 @@ impl ThreadDriver {
                 ended: Vec::new(),
                 message: Message::new(),
                 poll_set: Vec::new(),
+                poll_places: HashMap::new(),
                 collected: Vec::new(),
             }),
             results: Arc::new(results),
@@ -291,28 +294,24 @@ impl Core {
         self.poll_set.clear();
         self.poll_set
             .push(poll_entry(results.wake.as_raw_fd(), libc::POLLIN));
+        self.poll_places.clear();
         for key in &self.waiting {
-            let entry = match self.ops.get(*key).0 {
-                Op::Accept { socket } | Op::Recv { socket, .. } => {
-                    poll_entry(socket.as_raw_fd(), libc::POLLIN)
-                }
-                Op::Send { socket, .. } => poll_entry(socket.as_raw_fd(), libc::POLLOUT),
-                Op::Readable { fd } => poll_entry(fd.as_raw_fd(), libc::POLLIN),
-                // An end of everything, and an error, are always reported.
-                Op::HangUp { socket } => poll_entry(socket.as_raw_fd(), libc::POLLRDHUP),
-                Op::Read { .. } | Op::Write { .. } | Op::Sync { .. } => {
-                    unreachable!("disks do not wait here")
-                }
-            };
-            self.poll_set.push(entry);
+            let (fd, events) = awaited(self.ops.get(*key).0);
+            let place = *self.poll_places.entry(fd).or_insert_with(|| {
+                self.poll_set.push(poll_entry(fd, 0));
+                self.poll_set.len() - 1
+            });
+            self.poll_set[place].events |= events;
         }
         if !poll_descriptors(&mut self.poll_set, limit) {
             return;
         }
         let poll_set = std::mem::take(&mut self.poll_set);
         let waiting = std::mem::take(&mut self.waiting);
-        for (key, entry) in waiting.into_iter().zip(&poll_set[1..]) {
-            let attempted = match entry.revents {
+        for key in waiting {
+            let (fd, events) = awaited(self.ops.get(key).0);
+            let reported = poll_set[self.poll_places[&fd]].revents;
+            let attempted = match reported & (events | ALWAYS_REPORTED) {
                 0 => None,
                 events => self.attempt(key, events),
             };
@@ -487,6 +486,23 @@ fn run(file: RawFd, transfer: &Transfer) -> io::Result<usize> {
         let error = io::Error::last_os_error();
         if error.kind() != io::ErrorKind::Interrupted {
             return Err(error);
+        }
+    }
+}
+
+/// What `poll` tells of a descriptor without being asked.
+const ALWAYS_REPORTED: i16 = libc::POLLERR | libc::POLLHUP | libc::POLLNVAL;
+
+/// The descriptor that an operation waits for, and for what. Several may wait for one descriptor, and it stands in the set
+/// once: `poll` takes no more entries than the process may have descriptors.
+fn awaited(op: &Op) -> (RawFd, i16) {
+    match op {
+        Op::Accept { socket } | Op::Recv { socket, .. } => (socket.as_raw_fd(), libc::POLLIN),
+        Op::Send { socket, .. } => (socket.as_raw_fd(), libc::POLLOUT),
+        Op::Readable { fd } => (fd.as_raw_fd(), libc::POLLIN),
+        Op::HangUp { socket } => (socket.as_raw_fd(), libc::POLLRDHUP),
+        Op::Read { .. } | Op::Write { .. } | Op::Sync { .. } => {
+            unreachable!("disks do not wait here")
         }
     }
 }

@@ -12,6 +12,10 @@ use super::split::{Part, parts};
 use crate::crypto::seal::HOLE;
 use crate::error::Result;
 use crate::limits::BLOCK;
+use crate::runtime::yield_now;
+
+/// Other requests of the thread wait for this many at most.
+const EXTENTS_AT_A_TIME: usize = 64;
 
 /// Runs being collected.
 struct Runs {
@@ -44,7 +48,10 @@ impl Core {
             runs: Vec::new(),
             runs_max: max_runs.max(1),
         };
-        for part in parts(self.shape, offset, len) {
+        for (seen, part) in parts(self.shape, offset, len).enumerate() {
+            if seen % EXTENTS_AT_A_TIME == EXTENTS_AT_A_TIME - 1 {
+                yield_now().await;
+            }
             let more = match self.extent(part.extent) {
                 None => runs.add(part.len as u64, BlockKind::Hole),
                 Some(extent) => self.add_part(&extent, &part, &mut runs).await?,

@@ -28,8 +28,10 @@ const ENOTSUP: u32 = 95;
 
 /// The longest payload.
 const LONGEST: u64 = 32 << 20;
-/// What takes no payload is carried out in pieces of this size.
+/// What takes no payload is carried out in pieces of this size,
 const PIECE: u64 = 1 << 30;
+/// and zeros that must not be holes in pieces of this.
+const WRITTEN_PIECE: u64 = 32 << 20;
 
 /// Cookies are given by us, so that each reply is one request's: its index under this mask.
 const COOKIE_MASK: u64 = 0x5bd1_e995_0000_0000;
@@ -264,7 +266,17 @@ impl Expected {
     /// Whether it is more than one call of the device.
     pub(super) fn is_in_pieces(&self) -> bool {
         let last = self.offset.saturating_add(self.len.saturating_sub(1));
-        matches!(self.command, TRIM | WRITE_ZEROES) && self.at_device && self.offset / PIECE != last / PIECE
+        matches!(self.command, TRIM | WRITE_ZEROES)
+            && self.at_device
+            && self.offset / self.piece() != last / self.piece()
+    }
+
+    fn piece(&self) -> u64 {
+        if self.command == WRITE_ZEROES && self.no_hole {
+            WRITTEN_PIECE
+        } else {
+            PIECE
+        }
     }
 
     /// The error of the first of its pieces that fails.
@@ -275,7 +287,7 @@ impl Expected {
         let mut at = self.offset;
         while at < self.offset + self.len {
             match failure(at) {
-                0 => at = (at / PIECE + 1) * PIECE,
+                0 => at = (at / self.piece() + 1) * self.piece(),
                 error => return error,
             }
         }

@@ -351,10 +351,12 @@ impl Header {
         }
     }
 
-    /// Bytes of memory that serving the request takes: its payload, or its reply's.
+    /// Bytes that the request holds of the window: its payload's or its reply's, which take memory, or, of zeros that are to be
+    /// written, what it has at the device at a time.
     pub(in crate::nbd) fn cost_bytes(&self) -> usize {
         match self.command {
             READ | WRITE => self.len.min(NBD_PAYLOAD_MAX.into()) as usize,
+            WRITE_ZEROES if self.flags & FLAG_NO_HOLE != 0 => self.len.min(NBD_PAYLOAD_MAX.into()) as usize,
             BLOCK_STATUS => block_status_bytes_max(self.extended),
             _ => 0,
         }

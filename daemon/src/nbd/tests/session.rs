@@ -257,6 +257,48 @@ fn a_request_whose_task_has_not_run_yet_when_all_is_ended_does_not_start() {
 }
 
 #[test]
+fn zeros_that_are_written_end_with_a_piece_and_looks_at_once_when_all_is_ended() {
+    const LONG: u32 = 100 << 20;
+    on_both(|| async {
+        let server = Server::new(128 << 20);
+        let (client, _task) = server.transmit().await;
+        server.device.hold();
+        client.request(NO_HOLE, WRITE_ZEROES, 1, 0, LONG).await;
+        client.request(0, BLOCK_STATUS, 2, 0, LONG).await;
+        eventually("both run", || server.device.running.get() == 2).await;
+        let ending = spawn({
+            let sessions = server.sessions.clone();
+            async move { sessions.end_all().await }
+        });
+        eventually("the look has ended", || server.device.ended.get() == 1).await;
+        assert!(!ending.is_finished(), "a piece runs");
+        server.device.release();
+        ending.await;
+        assert_eq!(
+            *server.device.log.borrow(),
+            ["zero 0+33554432 fua=false no_hole=true", "status 0+104857600"]
+        );
+    });
+}
+
+#[test]
+fn zeros_that_are_written_take_their_room_of_the_window() {
+    on_both(|| async {
+        let server = Server::new(128 << 20);
+        let (client, _task) = server.transmit().await;
+        server.device.hold();
+        for i in 0..8 {
+            client.request(NO_HOLE, WRITE_ZEROES, i, 0, NBD_PAYLOAD_MAX).await;
+        }
+        eventually("those run that have room", || server.device.running.get() == 2).await;
+        server.device.release();
+        eventually("all have been served", || server.device.ended.get() == 8).await;
+        assert_eq!(server.device.running_max.get(), 2);
+        server.sessions.end_all().await;
+    });
+}
+
+#[test]
 fn connections_share_the_bytes_of_their_attachment_and_one_without_any_may_always_bring_one_request() {
     on_both(|| async {
         let server = Server::new(64 << 20);
