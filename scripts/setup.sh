@@ -12,7 +12,7 @@ needed=(
     qemu-img:qemu-utils qemu-io:qemu-utils qemu-storage-daemon:qemu-utils
     mke2fs:e2fsprogs e2fsck:e2fsprogs resize2fs:e2fsprogs blkid:util-linux
     # Virtual machines, and what vm-images/build.sh makes them of (the kernel itself it fetches, and does not install).
-    qemu-system-x86_64:qemu-system-x86 busybox:busybox-static nbd-client:nbd-client tar:tar dpkg-deb:dpkg xz:xz-utils
+    qemu-system-x86_64:qemu-system-x86 busybox:busybox-static nbd-client:nbd-client tar:tar dpkg-deb:dpkg xz:xz-utils zstd:zstd
     losetup:mount mount:mount umount:mount fsfreeze:util-linux setpriv:util-linux prlimit:util-linux cmp:diffutils jq:jq getconf:libc-bin
 )
 
