@@ -153,7 +153,11 @@ struct Shelf(Vec<(String, bool, Rc<Memory>)>);
 
 impl Exports<Rc<Memory>> for Shelf {
     fn find(&self, name: &str) -> Lookup<Rc<Memory>> {
-        let Some((name, read_only, device)) = self.0.iter().find(|(n, ..)| n == name) else {
+        let found = match &self.0[..] {
+            [only] if name.is_empty() => Some(only),
+            shelf => shelf.iter().find(|(known, ..)| known == name),
+        };
+        let Some((name, read_only, device)) = found else {
             return Lookup::Missing;
         };
         Lookup::Here(Export {
