@@ -262,7 +262,6 @@ impl<D: Device> Connection<D> {
         Rules {
             size_bytes: self.device.size_bytes(),
             read_only: self.read_only,
-            framing: self.framing,
             contexts: self.contexts,
             draining: self.seat.draining(),
         }
