@@ -396,48 +396,6 @@ fn refusal(error: WireError, text: impl Into<String>) -> Refusal {
     }
 }
 
-/// A request as a client writes it, for tests.
-#[cfg(test)]
-pub(in crate::nbd) fn encode(
-    flags: u16,
-    command: u16,
-    cookie: u64,
-    offset: u64,
-    len: u32,
-) -> [u8; COMPACT_BYTES] {
-    super::Writer::new()
-        .put(encode_start(MAGIC, flags, command, cookie, offset))
-        .put(len.to_be_bytes())
-        .done()
-}
-
-/// The same, extended.
-#[cfg(test)]
-pub(in crate::nbd) fn encode_extended(
-    flags: u16,
-    command: u16,
-    cookie: u64,
-    offset: u64,
-    len: u64,
-) -> [u8; EXTENDED_BYTES] {
-    super::Writer::new()
-        .put(encode_start(EXTENDED_MAGIC, flags, command, cookie, offset))
-        .put(len.to_be_bytes())
-        .done()
-}
-
-/// What both have in front of the length.
-#[cfg(test)]
-fn encode_start(magic: u32, flags: u16, command: u16, cookie: u64, offset: u64) -> [u8; 24] {
-    super::Writer::new()
-        .put(magic.to_be_bytes())
-        .put(flags.to_be_bytes())
-        .put(command.to_be_bytes())
-        .put(cookie.to_be_bytes())
-        .put(offset.to_be_bytes())
-        .done()
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

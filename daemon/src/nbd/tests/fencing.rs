@@ -99,7 +99,7 @@ fn a_connection_that_is_cut_in_the_middle_of_a_payload_has_written_nothing_of_it
     on_both(|| async {
         let server = Server::new(SIZE);
         let payload = vec![0xee; 300_000];
-        let mut words = request(0, WRITE, 1, 0, payload.len() as u32).to_vec();
+        let mut words = request(0, WRITE, 1, 0, payload.len() as u32);
         words.extend(&payload);
         for sent in [1, 27, 28, 29, 4096, 28 + 65_536, 28 + 262_144, words.len() - 1] {
             let (old, old_task) = server.transmit().await;

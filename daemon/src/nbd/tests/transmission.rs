@@ -509,7 +509,7 @@ fn garbage_instead_of_a_request_ends_the_connection_and_leaves_nothing() {
 fn a_client_that_leaves_at_any_byte_of_a_write_writes_nothing() {
     on_both(|| async {
         let server = Server::new(SIZE);
-        let mut write = request(0, WRITE, 1, 0, 70_000).to_vec();
+        let mut write = request(0, WRITE, 1, 0, 70_000);
         write.extend(pattern(5, 70_000));
         for len in (0..64).chain([1000, 65_536, 70_000, 70_027]) {
             let (client, task) = server.transmit().await;
