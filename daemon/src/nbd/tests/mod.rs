@@ -1,11 +1,13 @@
 //! The server spoken to over a socket pair on both engines: a device in memory behind it, a client written against
 //! the protocol in front of it. Client and server share one runtime, so a test sees both sides.
 
+mod bad_clients;
 mod client;
 mod device;
 mod extended;
 mod fencing;
 mod handshake;
+mod link;
 mod session;
 mod transmission;
 
