@@ -407,8 +407,8 @@ fn a_handshake_that_is_not_finished_in_time_is_dropped() {
         }
         assert!(!silent_task.is_finished() && !chatty_task.is_finished());
         clock.advance(STEP * 2);
-        silent_task.await;
-        chatty_task.await;
+        within(silent_task).await;
+        within(chatty_task).await;
         silent.hangup().await;
         chatty.hangup().await;
         assert_eq!(Rc::strong_count(&server.sessions), 1);
