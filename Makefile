@@ -56,3 +56,4 @@ fmt: ## Format the sources
 
 clippy: ## Lints, as make test runs them
 	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cargo clippy --package vold --lib --features fuzzing --locked -- -D warnings

@@ -1,7 +1,7 @@
 #!/bin/bash
 # make demo: the main job on real data, end to end. scripts/demo.sh DIRECTORY-OF-BINARIES
 # Every step says in one line what it shows; a step that does not show it ends the demo with the step's name. Nothing stays
-# behind but what the log shows.
+# behind.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -121,7 +121,7 @@ done
 
 step "Bytes flipped on one store's disk are read through, repaired from the other replica, and counted"
 stop_vold
-# A MiB in the middle of what the store holds: where its file differs from zeros past its metadata.
+# A MiB of what the store holds: an eighth into its file, well past the metadata.
 offset=$((store_mib * 1024 * 1024 / 8))
 dd if="$work/left.store" bs=4096 skip=$((offset / 4096)) count=256 status=none | tr '\000-\377' '\377\000-\376' >"$work/garbage"
 dd if="$work/garbage" of="$work/left.store" bs=4096 seek=$((offset / 4096)) conv=notrunc status=none

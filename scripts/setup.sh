@@ -5,14 +5,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # command:package. Build tools first (aws-lc needs a C compiler), then the programs that tests, demo and benchmarks use
-# (tests/src/tools.rs has those of the tests again, for its messages; a test holds the two together).
+# (tests/src/tools.rs looks packages up here, for its messages).
 needed=(
     gcc:gcc make:make pkg-config:pkg-config
     fio:fio nbdinfo:libnbd-bin nbdcopy:libnbd-bin nbdkit:nbdkit
-    qemu-img:qemu-utils qemu-io:qemu-utils qemu-storage-daemon:qemu-utils
+    qemu-img:qemu-utils qemu-io:qemu-utils qemu-nbd:qemu-utils qemu-storage-daemon:qemu-utils
     mke2fs:e2fsprogs e2fsck:e2fsprogs resize2fs:e2fsprogs blkid:util-linux
     # Virtual machines, and what vm-images/build.sh makes them of (the kernel itself it fetches, and does not install).
-    qemu-system-x86_64:qemu-system-x86 busybox:busybox-static nbd-client:nbd-client tar:tar dpkg-deb:dpkg xz:xz-utils
+    qemu-system-x86_64:qemu-system-x86 busybox:busybox-static nbd-client:nbd-client tar:tar dpkg-deb:dpkg xz:xz-utils zstd:zstd
     losetup:mount mount:mount umount:mount fsfreeze:util-linux setpriv:util-linux prlimit:util-linux cmp:diffutils jq:jq getconf:libc-bin
 )
 

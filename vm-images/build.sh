@@ -25,9 +25,9 @@ what=${1:-}
 arch=$(dpkg --print-architecture) || fail "no dpkg here: the guests are made from Debian or Ubuntu packages"
 
 # Programs of the guest, from the host's installed packages, with the libraries they are linked with.
-programs=(busybox nbd-client mke2fs e2fsck resize2fs blkid fio)
-# fio brings 80 MiB of libraries: it is left out of the disk, which a BIOS reads slowly.
 disk_programs=(busybox nbd-client mke2fs e2fsck resize2fs blkid)
+# fio brings 80 MiB of libraries: it is left out of the disk, which a BIOS reads slowly.
+programs=("${disk_programs[@]}" fio)
 # Kernel modules of the guest; those they need are found and loaded before them. Built into the kernel is as good.
 modules=(virtio_pci virtio_blk virtio_net virtio_rng ext4 nbd)
 # Packages that are only unpacked here, never installed: the kernel, and what makes an initramfs and a bootable disk.

@@ -46,6 +46,9 @@ network() {
     ip route add default via 10.0.2.2
 }
 
+# Whether a disk has its size by now.
+has_size() { [ "$(cat "/sys/block/${1##*/}/size")" -gt 0 ]; }
+
 # Makes the volume a disk of this guest; $disk is its path. By the kernel's own NBD client over TLS, or as it is.
 connect() {
     if [ "$(parameter transport)" != nbd-client ]; then
@@ -58,7 +61,7 @@ connect() {
     disk=/dev/nbd0
     /sbin/nbd-client 10.0.2.2 "$(parameter port)" $disk -N "$(parameter export)" -b 4096 -x -tlshostname localhost \
         -certfile /tmp/inputs/client-cert.pem -keyfile /tmp/inputs/client-key.pem -cacertfile /tmp/inputs/ca-cert.pem
-    until_true test "$(cat /sys/block/nbd0/size)" -gt 0
+    until_true has_size $disk
 }
 
 disconnect() {

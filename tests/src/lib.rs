@@ -5,7 +5,7 @@
 //! |---|---|
 //! | [`vold`] | a daemon under test: start, kill, restart, stop, check, and `volctl` against it |
 //! | [`tools`] | external programs; a missing one fails with the command that installs it |
-//! | [`nbd`] | a small NBD client that knows which writes were acknowledged and which were flushed |
+//! | [`nbd`] | a small NBD client that knows which writes were acknowledged |
 //! | [`nbdkit`] | nbdkit's plugins and filters as an oracle |
 //! | [`tls`] | a daemon that serves over TLS, certificates of every kind, and a client under TLS |
 //! | [`load`] | what a daemon has open, holds in memory and carries |

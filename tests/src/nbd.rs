@@ -2,7 +2,7 @@
 //! flight.
 //!
 //! It exists because the suites must say things that ordinary clients do not: which bytes an option got in reply, which
-//! writes were acknowledged, which flush covered them. Numbers are the protocol's (NetworkBlockDevice/nbd, doc/proto.md).
+//! writes were acknowledged. Numbers are the protocol's (NetworkBlockDevice/nbd, doc/proto.md).
 
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
@@ -40,6 +40,8 @@ pub const REP_ACK: u32 = 1;
 pub const REP_SERVER: u32 = 2;
 /// NBD_REP_INFO.
 pub const REP_INFO: u32 = 3;
+/// NBD_REP_META_CONTEXT.
+pub const REP_META_CONTEXT: u32 = 4;
 /// NBD_REP_ERR_UNSUP.
 pub const REP_ERR_UNSUP: u32 = (1 << 31) | 1;
 /// NBD_REP_ERR_INVALID.
@@ -81,15 +83,11 @@ pub const EIO: u32 = 5;
 pub const EINVAL: u32 = 22;
 /// NBD_ENOSPC.
 pub const ENOSPC: u32 = 28;
-/// NBD_EOVERFLOW.
-pub const EOVERFLOW: u32 = 75;
 /// NBD_ENOTSUP.
 pub const ENOTSUP: u32 = 95;
 
 /// NBD_FLAG_READ_ONLY.
 pub const FLAG_READ_ONLY: u16 = 1 << 1;
-/// NBD_FLAG_CAN_MULTI_CONN.
-pub const FLAG_CAN_MULTI_CONN: u16 = 1 << 8;
 /// NBD_FLAG_SEND_CACHE.
 pub const FLAG_SEND_CACHE: u16 = 1 << 10;
 /// NBD_FLAG_SEND_FAST_ZERO.
@@ -245,6 +243,15 @@ impl<S: Read + Write> Haggle<S> {
         }
     }
 
+    /// What the last reply to an option is.
+    ///
+    /// # Panics
+    /// When the server hangs up instead.
+    pub fn final_kind(&mut self, option: u32, data: &[u8]) -> u32 {
+        let replies = self.ask(option, data).expect("the server answers");
+        replies.last().expect("a final reply").kind
+    }
+
     /// The names LIST gives.
     ///
     /// # Errors
@@ -281,6 +288,19 @@ impl<S: Read + Write> Haggle<S> {
             u16::from_be_bytes(info.data[10..12].try_into().expect("2 bytes")),
         ))
     }
+}
+
+/// The server hangs up, and has nothing more to say.
+///
+/// # Panics
+/// When it says something, or keeps the connection until the stream's patience ends.
+pub fn hangs_up(mut stream: impl Read) {
+    let mut rest = Vec::new();
+    // A reset is a hang-up too: there were bytes that it did not want to read.
+    if let Err(e) = stream.read_to_end(&mut rest) {
+        assert_eq!(e.kind(), io::ErrorKind::ConnectionReset, "{e}");
+    }
+    assert_eq!(rest, [0; 0]);
 }
 
 /// An option as it goes over the wire.

@@ -6,7 +6,7 @@
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc;
 
@@ -76,14 +76,9 @@ impl Vold {
 
     /// A directory, and nothing running in it yet.
     pub fn not_started(engine: Option<Engine>) -> Self {
-        Self::not_started_in(&temp_base(), engine)
-    }
-
-    /// The same within `base`.
-    pub fn not_started_in(base: &Path, engine: Option<Engine>) -> Self {
         let root = tempfile::Builder::new()
             .prefix("vold-")
-            .tempdir_in(base)
+            .tempdir_in(temp_base())
             .expect("a temporary directory");
         // VMs' clients of other uids must be able to pass through.
         std::fs::set_permissions(root.path(), Permissions::from_mode(0o711)).expect("own directory");
@@ -538,7 +533,7 @@ fn decode(text: &str) -> String {
 }
 
 /// Where temporary directories go: `$VOLD_TEST_DIR`, else `/var/tmp`.
-pub fn temp_base() -> PathBuf {
+fn temp_base() -> PathBuf {
     match std::env::var_os("VOLD_TEST_DIR") {
         Some(dir) => dir.into(),
         None => {

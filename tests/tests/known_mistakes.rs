@@ -59,23 +59,9 @@ impl Served {
     }
 }
 
-/// What the last reply to an option is.
-fn final_kind(haggle: &mut Haggle, option: u32, data: &[u8]) -> u32 {
-    haggle.ask(option, data).unwrap().last().unwrap().kind
-}
-
 /// The haggle goes on where it was.
 fn in_step(haggle: &mut Haggle) {
     assert_eq!(haggle.list().unwrap(), [EXPORT]);
-}
-
-/// The server hangs up, and has nothing more to say.
-fn hangs_up(mut stream: UnixStream) {
-    let mut rest = Vec::new();
-    // A reset is a hang-up too: there were bytes that it did not want to read.
-    let ended = stream.read_to_end(&mut rest);
-    assert!(ended.is_ok() || ended.is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionReset));
-    assert_eq!(rest, [0; 0]);
 }
 
 /// Length of a name, and the name, as they go over the wire.
@@ -104,7 +90,7 @@ fn nbd_server_cve_2011_1925_a_failed_negotiation() {
             Err(GoError::Refused(reply)) if reply.kind == REP_ERR_UNKNOWN
         ));
         let mut haggle = served.haggle();
-        assert_eq!(final_kind(&mut haggle, OPT_ABORT, &[]), REP_ACK);
+        assert_eq!(haggle.final_kind(OPT_ABORT, &[]), REP_ACK);
         hangs_up(haggle.into_stream());
         for first_words in [
             &[0xff; 4][..],
@@ -181,10 +167,10 @@ fn nbd_server_cve_2022_26495_a_name_of_4_gib_less_one() {
     // It was: the name's length plus one was allocated, which was nothing for 2^32 - 1, and the name was read into it.
     let mut served = Served::start();
     let mut haggle = served.haggle();
-    assert_eq!(final_kind(&mut haggle, OPT_STRUCTURED_REPLY, &[]), REP_ACK);
+    assert_eq!(haggle.final_kind(OPT_STRUCTURED_REPLY, &[]), REP_ACK);
     for (option, rest) in NAMED {
         for len in [u32::MAX, u32::MAX - 1, 1 << 31, (1 << 31) - 1, 1000] {
-            let kind = final_kind(&mut haggle, option, &named(len, b"acme/vol", rest));
+            let kind = haggle.final_kind(option, &named(len, b"acme/vol", rest));
             assert_eq!(kind, REP_ERR_INVALID, "option {option}, length {len}");
             in_step(&mut haggle);
         }
@@ -202,10 +188,7 @@ fn nbd_server_cve_2022_26495_a_name_of_4_gib_less_one() {
             (u32::MAX, u32::MAX),
             (2, 15),
         ] {
-            assert_eq!(
-                final_kind(&mut haggle, option, &query(count, len)),
-                REP_ERR_INVALID
-            );
+            assert_eq!(haggle.final_kind(option, &query(count, len)), REP_ERR_INVALID);
             in_step(&mut haggle);
         }
     }
@@ -217,7 +200,7 @@ fn nbd_server_cve_2022_26496_a_name_longer_than_its_array() {
     // It was: a name was read into an array on the stack, however long it said to be.
     let mut served = Served::start();
     let mut haggle = served.haggle();
-    assert_eq!(final_kind(&mut haggle, OPT_STRUCTURED_REPLY, &[]), REP_ACK);
+    assert_eq!(haggle.final_kind(OPT_STRUCTURED_REPLY, &[]), REP_ACK);
     for len in [
         255, 256, 257, 1023, 1024, 1025, 2048, 4095, 4096, 4097, 8192, 16_000,
     ] {
@@ -229,7 +212,7 @@ fn nbd_server_cve_2022_26496_a_name_longer_than_its_array() {
             } else {
                 REP_ERR_INVALID
             };
-            let kind = final_kind(&mut haggle, option, &named(len as u32, &name, rest));
+            let kind = haggle.final_kind(option, &named(len as u32, &name, rest));
             assert_eq!(kind, expected, "option {option}, {len} bytes");
         }
         in_step(&mut haggle);
@@ -365,7 +348,7 @@ fn qemu_cve_2017_15118_an_option_that_is_longer_or_shorter_than_its_name() {
             ),
         ];
         for (what, data, expected) in cases {
-            assert_eq!(final_kind(&mut haggle, option, &data), expected, "{what}");
+            assert_eq!(haggle.final_kind(option, &data), expected, "{what}");
             in_step(&mut haggle);
         }
     }
@@ -391,7 +374,7 @@ fn qemu_cve_2017_15119_options_without_end() {
     assert_eq!(answered, 64);
     // So long, and no longer: what is longer is not waited for, and not taken.
     let mut haggle = served.haggle();
-    assert_eq!(final_kind(&mut haggle, 99, &vec![7; 1 << 20]), REP_ERR_TOO_BIG);
+    assert_eq!(haggle.final_kind(99, &vec![7; 1 << 20]), REP_ERR_TOO_BIG);
     in_step(&mut haggle);
     for (option, len) in [
         (99u32, (1u32 << 20) + 1),
@@ -411,7 +394,7 @@ fn qemu_cve_2020_10761_an_error_that_repeats_the_name() {
     // It was: an error named the export, and with the longest name it was longer than an error's text may be.
     let mut served = Served::start();
     let mut haggle = served.haggle();
-    assert_eq!(final_kind(&mut haggle, OPT_STRUCTURED_REPLY, &[]), REP_ACK);
+    assert_eq!(haggle.final_kind(OPT_STRUCTURED_REPLY, &[]), REP_ACK);
     for name in [
         "%s%n%p%d".repeat(512),
         "ü".repeat(2048),
@@ -505,13 +488,13 @@ fn nbdkit_cve_2019_14851_info_more_than_once() {
     let mut haggle = served.haggle();
     let (own, missing) = (go_data(EXPORT), go_data("acme/nothing"));
     for _ in 0..3 {
-        assert_eq!(final_kind(&mut haggle, OPT_INFO, &own), REP_ACK);
-        assert_eq!(final_kind(&mut haggle, OPT_INFO, &own), REP_ACK);
-        assert_eq!(final_kind(&mut haggle, OPT_INFO, &missing), REP_ERR_UNKNOWN);
-        assert_eq!(final_kind(&mut haggle, OPT_GO, &missing), REP_ERR_UNKNOWN);
+        assert_eq!(haggle.final_kind(OPT_INFO, &own), REP_ACK);
+        assert_eq!(haggle.final_kind(OPT_INFO, &own), REP_ACK);
+        assert_eq!(haggle.final_kind(OPT_INFO, &missing), REP_ERR_UNKNOWN);
+        assert_eq!(haggle.final_kind(OPT_GO, &missing), REP_ERR_UNKNOWN);
         in_step(&mut haggle);
-        assert_eq!(final_kind(&mut haggle, OPT_INFO, &go_data("")), REP_ACK);
-        assert_eq!(final_kind(&mut haggle, OPT_STARTTLS, &[]), (1 << 31) | 2);
+        assert_eq!(haggle.final_kind(OPT_INFO, &go_data("")), REP_ACK);
+        assert_eq!(haggle.final_kind(OPT_STARTTLS, &[]), (1 << 31) | 2);
     }
     assert_eq!(
         served.vold.ctl("status")["connections"],
@@ -522,7 +505,7 @@ fn nbdkit_cve_2019_14851_info_more_than_once() {
     assert!(client.read(AT, 10_000).unwrap() == bytes(1, 10_000));
     // And another word than GO at the end.
     let mut haggle = served.haggle();
-    assert_eq!(final_kind(&mut haggle, OPT_INFO, &own), REP_ACK);
+    assert_eq!(haggle.final_kind(OPT_INFO, &own), REP_ACK);
     haggle.send(OPT_EXPORT_NAME, EXPORT.as_bytes()).unwrap();
     let mut size = [0; 10];
     haggle.stream().read_exact(&mut size).unwrap();

@@ -14,21 +14,6 @@ use vold_tests::tls::{Tls, TlsStream};
 use vold_tests::tools::{fail, tool};
 use vold_tests::wait_for;
 
-/// What the last reply to an option is.
-fn final_kind<S: Read + Write>(haggle: &mut Haggle<S>, option: u32, data: &[u8]) -> u32 {
-    haggle.ask(option, data).unwrap().last().unwrap().kind
-}
-
-/// The server hangs up and says nothing more in NBD's words. (TLS may say why.)
-fn hangs_up(mut stream: impl Read) {
-    let mut rest = Vec::new();
-    match stream.read_to_end(&mut rest) {
-        Ok(_) => {}
-        Err(e) => assert_ne!(e.kind(), ErrorKind::WouldBlock, "the server keeps the connection"),
-    }
-    assert_eq!(rest, [0; 0]);
-}
-
 /// That nothing at all is told to who shows this certificate.
 fn is_not_let_in(tls: &Tls, what: &str, certificate: Option<&Path>) {
     for (option, data) in [
@@ -71,7 +56,7 @@ fn nbd_server_cve_2013_6410_a_beginning_that_is_taken_for_the_whole() {
         let mut haggle = tls.haggle(Some(&certificate)).unwrap();
         assert_eq!(haggle.list().unwrap(), [""; 0], "{customer}/{vm}");
         for name in ["acme/vol", ""] {
-            let kind = final_kind(&mut haggle, OPT_GO, &go_data(name));
+            let kind = haggle.final_kind(OPT_GO, &go_data(name));
             assert_eq!(kind, REP_ERR_UNKNOWN, "{customer}/{vm}: {name:?}");
         }
     }
@@ -91,12 +76,12 @@ fn nbd_server_cve_2013_6410_a_beginning_that_is_taken_for_the_whole() {
         "*",
     ] {
         assert_eq!(
-            final_kind(&mut haggle, OPT_GO, &go_data(name)),
+            haggle.final_kind(OPT_GO, &go_data(name)),
             REP_ERR_UNKNOWN,
             "{name:?}"
         );
     }
-    assert_eq!(final_kind(&mut haggle, OPT_INFO, &go_data("acme/vol")), REP_ACK);
+    assert_eq!(haggle.final_kind(OPT_INFO, &go_data("acme/vol")), REP_ACK);
 }
 
 /// How far a connection gets before it ends.
@@ -109,7 +94,7 @@ fn in_phase(tls: &Tls, phase: usize) -> (TcpStream, Option<Haggle<TlsStream>>) {
         1 => (tls.greeted().unwrap().into_stream(), None),
         2 | 3 => {
             let mut haggle = tls.greeted().unwrap();
-            assert_eq!(final_kind(&mut haggle, OPT_STARTTLS, &[]), REP_ACK);
+            assert_eq!(haggle.final_kind(OPT_STARTTLS, &[]), REP_ACK);
             let mut stream = haggle.into_stream();
             if phase == 3 {
                 let mut hello = Vec::new();
@@ -122,7 +107,7 @@ fn in_phase(tls: &Tls, phase: usize) -> (TcpStream, Option<Haggle<TlsStream>>) {
         _ => {
             let mut haggle = tls.haggle(Some(&certificate)).unwrap();
             if phase == 5 {
-                assert_eq!(final_kind(&mut haggle, OPT_INFO, &go_data("acme/vol")), REP_ACK);
+                assert_eq!(haggle.final_kind(OPT_INFO, &go_data("acme/vol")), REP_ACK);
             }
             if phase >= 6 {
                 let mut client = haggle.go("acme/vol").unwrap();
@@ -205,18 +190,15 @@ fn nbdkit_cve_2021_3716_what_was_agreed_before_tls() {
             contexts_data("acme/vol", &["base:allocation"]),
         ),
     ] {
-        assert_eq!(final_kind(&mut plain, option, &data), REP_ERR_TLS_REQD);
+        assert_eq!(plain.final_kind(option, &data), REP_ERR_TLS_REQD);
     }
-    assert_eq!(final_kind(&mut plain, OPT_STARTTLS, &[]), REP_ACK);
+    assert_eq!(plain.final_kind(OPT_STARTTLS, &[]), REP_ACK);
     let stream = tls.encrypt(plain.into_stream(), Some(&acme)).unwrap();
     let mut haggle = Haggle::go_on(stream);
     // Nothing is agreed: contexts need structured replies first, and replies are simple ones, which this client insists on.
     let query = contexts_data("acme/vol", &["base:allocation"]);
-    assert_eq!(
-        final_kind(&mut haggle, OPT_SET_META_CONTEXT, &query),
-        REP_ERR_INVALID
-    );
-    assert_eq!(final_kind(&mut haggle, OPT_STARTTLS, &[]), REP_ERR_INVALID);
+    assert_eq!(haggle.final_kind(OPT_SET_META_CONTEXT, &query), REP_ERR_INVALID);
+    assert_eq!(haggle.final_kind(OPT_STARTTLS, &[]), REP_ERR_INVALID);
     let mut client = haggle.go("acme/vol").unwrap();
     assert_eq!(client.read(0, 4096).unwrap(), [0; 4096]);
     assert_eq!(client.read(8 << 20, 1), Err(EINVAL));
@@ -295,7 +277,7 @@ fn libnbd_cve_2019_14842_a_downgrade() {
     ];
     for words in plain_words {
         let mut plain = tls.greeted().unwrap();
-        assert_eq!(final_kind(&mut plain, OPT_STARTTLS, &[]), REP_ACK);
+        assert_eq!(plain.final_kind(OPT_STARTTLS, &[]), REP_ACK);
         plain.send_raw(&words).unwrap();
         let mut said = Vec::new();
         let _ = plain.into_stream().read_to_end(&mut said);
@@ -320,7 +302,7 @@ fn libnbd_cve_2019_14842_a_downgrade() {
         .expect("TLS 1.3 is offered");
     hello[at + 6] = 3;
     let mut plain = tls.greeted().unwrap();
-    assert_eq!(final_kind(&mut plain, OPT_STARTTLS, &[]), REP_ACK);
+    assert_eq!(plain.final_kind(OPT_STARTTLS, &[]), REP_ACK);
     plain.send_raw(&hello).unwrap();
     let mut said = Vec::new();
     let _ = plain.into_stream().read_to_end(&mut said);
@@ -328,10 +310,7 @@ fn libnbd_cve_2019_14842_a_downgrade() {
     assert_eq!(said[5..], [2, 70], "{said:?}");
     // Without TLS, nothing: not even with a word of leaving it out.
     let mut plain = tls.greeted().unwrap();
-    assert_eq!(
-        final_kind(&mut plain, OPT_GO, &go_data("acme/vol")),
-        REP_ERR_TLS_REQD
-    );
+    assert_eq!(plain.final_kind(OPT_GO, &go_data("acme/vol")), REP_ERR_TLS_REQD);
     plain.send(OPT_EXPORT_NAME, b"acme/vol").unwrap();
     hangs_up(plain.into_stream());
 }

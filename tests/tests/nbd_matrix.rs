@@ -108,8 +108,8 @@ fn attempt(tls: &Tls, certificate: Option<&PathBuf>, way: Way, export: &str) -> 
 #[test]
 fn every_certificate_and_every_export_in_every_way() {
     let tls = world();
+    tls.issue("acme", "vm-without-volumes");
     // A certificate of acme/vm1 that is revoked, and one that was issued after.
-    tls.issue("acme", "vm1-old");
     let revoked = tls.vold.path("revoked");
     tls.issue_by(&tls.pki(), "acme", "vm1", &revoked, "");
     tls.revoke("acme", "vm1");
@@ -127,7 +127,7 @@ fn every_certificate_and_every_export_in_every_way() {
         ),
         (
             "of a VM without volumes",
-            Some(tls.certificate("acme", "vm1-old")),
+            Some(tls.certificate("acme", "vm-without-volumes")),
             Some(""),
         ),
         ("expired", Some(expired), None),
@@ -136,13 +136,11 @@ fn every_certificate_and_every_export_in_every_way() {
         ("none", None, None),
     ];
     let mut refusals = Vec::new();
-    let mut cells = 0;
     for (what, certificate, has) in &certificates {
         for way in [Way::Go, Way::Info, Way::ExportName, Way::List] {
             for export in [OWN, FOREIGN, MISSING, DETACHED] {
                 let outcome = attempt(&tls, certificate.as_ref(), way, export);
                 println!("{what} | {way:?} | {export} | {outcome:?}");
-                cells += 1;
                 let expected = match (has, way) {
                     (None, _) => Outcome::NotLetIn,
                     (Some(has), Way::List) => {
@@ -162,7 +160,6 @@ fn every_certificate_and_every_export_in_every_way() {
             }
         }
     }
-    assert_eq!(cells, 7 * 4 * 4);
     // Not for any of them is there another word than for the others: not its name, and not another reason.
     assert_eq!(refusals.len(), 2 * (3 + 4 + 4));
     refusals.dedup();

@@ -2,7 +2,7 @@
 //! byte; its proxy stands between clients and vold, checks and logs.
 
 use vold_tests::content::sparse_file;
-use vold_tests::nbd::Client;
+use vold_tests::nbd::{CMD_CACHE, Client};
 use vold_tests::nbdkit::Nbdkit;
 use vold_tests::tools::{fail, run, succeed, tool};
 use vold_tests::{Engine, Setup, scale};
@@ -164,6 +164,9 @@ fn flush_fua_trim_zero_cache_and_block_status_pass_a_logging_proxy() {
     }
     let said = succeed(qemu_io.arg(proxy.uri()));
     assert!(!said.contains("failed"), "{said}");
+    let mut client = Client::connect(&proxy.uri());
+    client.command(CMD_CACHE, 0, 0, 1 << 20).unwrap();
+    client.disconnect();
     let map = |uri: &str| run("nbdinfo", ["--map", uri]);
     assert_eq!(
         map(&proxy.uri()),
@@ -197,6 +200,7 @@ fn flush_fua_trim_zero_cache_and_block_status_pass_a_logging_proxy() {
         ("Zero", &["offset=0x0", "count=0x80000", "trim=1"]),
         ("Trim", &["offset=0x800000", "count=0x400000"]),
         ("Read", &["offset=0x100000", "count=0x10000"]),
+        ("Cache", &["offset=0x0", "count=0x100000"]),
         ("Extents", &["offset=0x0", "count=0x4000000"]),
     ] {
         assert!(

@@ -5,11 +5,11 @@ use std::path::Path;
 
 use super::{api, handshake, tls, transmission};
 
-/// How many changed inputs of each target; `VOLD_TEST_FULL` tries thirty times as many.
+/// How many changed inputs of each target; `VOLD_TEST_FULL=1` tries thirty times as many.
 fn count(quick: u64) -> u64 {
-    match std::env::var_os("VOLD_TEST_FULL") {
-        Some(_) => 30 * quick,
-        None => quick,
+    match std::env::var_os("VOLD_TEST_FULL").is_some_and(|v| v == "1") {
+        true => 30 * quick,
+        false => quick,
     }
 }
 

@@ -45,7 +45,7 @@ pub(super) enum End {
     Aborted,
     /// It broke the protocol in a way that cannot be answered.
     Violation(&'static str),
-    /// It asked by `EXPORT_NAME` for what it does not get, which can only be answered by hanging up.
+    /// It gets no further, and only a hang-up can say so: to an `EXPORT_NAME`, or to a certificate.
     Refused(&'static str),
     /// TLS begins here.
     StartTls,
@@ -67,7 +67,7 @@ impl fmt::Display for End {
             End::Closed => f.write_str("the client hung up"),
             End::Aborted => f.write_str("the client said goodbye"),
             End::Violation(what) => write!(f, "protocol violation: {what}"),
-            End::Refused(why) => write!(f, "export refused: {why}"),
+            End::Refused(why) => write!(f, "refused: {why}"),
             End::StartTls => f.write_str("TLS begins"),
             End::Elsewhere(volume) => write!(f, "goes on with volume {volume}"),
             End::Io(e) => write!(f, "socket: {e}"),
@@ -215,9 +215,13 @@ impl Negotiation {
             send(inbox, replies.error(error, why).into_bytes()).await?;
             return Ok(None);
         }
+        // Whatever comes of it, what was chosen before is gone.
+        if code == OptionCode::SET_META_CONTEXT {
+            self.chosen = None;
+        }
         let export = match option.as_ref().ok().and_then(ClientOption::export) {
             None => None,
-            Some(name) => match find(exports, name) {
+            Some(name) => match exports.find(name) {
                 Lookup::Here(export) => Some(export),
                 Lookup::Missing => None,
                 Lookup::Elsewhere(volume) => {
@@ -229,12 +233,7 @@ impl Negotiation {
         let claim = || seat.is_some_and(Seat::claim);
         let replies = match option {
             Err(_) if code == OptionCode::EXPORT_NAME => return Err(End::Refused("a malformed name")),
-            Err(why) => {
-                if code == OptionCode::SET_META_CONTEXT {
-                    self.chosen = None;
-                }
-                replies.error(OptionError::Invalid, why)
-            }
+            Err(why) => replies.error(OptionError::Invalid, why),
             Ok(ClientOption::ExportName(_)) => {
                 let export = export.ok_or(End::Refused("no such export"))?;
                 if !claim() {
@@ -358,8 +357,6 @@ impl Negotiation {
         query: &ContextQuery,
         export: Option<Export<D>>,
     ) -> OptionReplies {
-        // Whatever comes of it, what was chosen before is gone.
-        self.chosen = None;
         if self.framing == Framing::Simple {
             return replies.error(OptionError::Invalid, "negotiate structured replies first");
         }
@@ -386,17 +383,6 @@ impl Negotiation {
 
 /// The same words for an export that is missing and for one that is somebody else's.
 const NO_SUCH_EXPORT: &str = "no export of that name here; ask for the list";
-
-/// The empty name is the default export: the only one there is, if there is only one.
-fn find<D>(exports: &dyn Exports<D>, name: &str) -> Lookup<D> {
-    match exports.find(name) {
-        Lookup::Missing => match exports.list().as_slice() {
-            [(only, _)] if name.is_empty() => exports.find(only),
-            _ => Lookup::Missing,
-        },
-        found => found,
-    }
-}
 
 async fn receive<const N: usize>(inbox: &mut Inbox) -> Result<[u8; N], End> {
     if !inbox.fill(N).await? {

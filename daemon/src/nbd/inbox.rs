@@ -16,7 +16,7 @@ use libvol::runtime::timeout;
 use super::link::Link;
 
 /// Between two pieces of a payload.
-pub(super) const PATIENCE: Duration = Duration::from_secs(NBD_PAYLOAD_SECONDS);
+const PATIENCE: Duration = Duration::from_secs(NBD_PAYLOAD_SECONDS);
 
 /// See the module's text.
 pub(super) struct Inbox {
@@ -101,6 +101,20 @@ impl Inbox {
     pub(super) async fn fill(&mut self, len: usize) -> io::Result<bool> {
         while self.filled.len() < len {
             if !self.receive(usize::MAX).await? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// As [`Inbox::fill`], of a payload.
+    ///
+    /// # Errors
+    /// As `recv(2)`; `TimedOut` when nothing comes for [`NBD_PAYLOAD_SECONDS`]. The inbox is then of no further use.
+    pub(super) async fn fill_payload(&mut self, len: usize) -> io::Result<bool> {
+        while self.filled.len() < len {
+            let receive = timeout(PATIENCE, self.receive(usize::MAX));
+            if !receive.await.ok_or_else(stopped)?? {
                 return Ok(false);
             }
         }

@@ -185,7 +185,7 @@ impl Link {
         self.send_sealed(tls).await
     }
 
-    /// The session, for a look at the peer's certificate.
+    /// The peer's own certificate (DER).
     pub(super) fn peer_certificate(&self) -> Option<Vec<u8>> {
         let session = self.tls.as_ref()?.session.borrow();
         Some(session.peer_certificates()?.first()?.to_vec())

@@ -72,7 +72,7 @@ pub(crate) enum Lookup<D = Rc<Volume>> {
 
 /// The exports of one caller, asked again at every look-up and listing.
 pub(crate) trait Exports<D = Rc<Volume>> {
-    /// The export of that name.
+    /// The export of that name. The empty one is the default export's: the only one there is, if there is only one.
     fn find(&self, name: &str) -> Lookup<D>;
 
     /// Names and descriptions of all that this caller may see.

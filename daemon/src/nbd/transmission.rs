@@ -35,7 +35,7 @@ use libvol::runtime::{net::Stream, spawn, sync::Notify, timeout, yield_now};
 
 use super::device::Device;
 use super::handshake::Negotiated;
-use super::inbox::{Inbox, PATIENCE};
+use super::inbox::Inbox;
 use super::link::Link;
 use super::outbox::Outbox;
 use super::proto::reply::BLOCK_STATUS_RUNS_MAX;
@@ -251,10 +251,10 @@ impl<D: Device> Connection<D> {
         header: Header,
         payload_len: usize,
     ) -> Result<Result<Request, Refusal>, End> {
-        match timeout(PATIENCE, inbox.fill(payload_len)).await {
-            Some(Ok(true)) => {}
-            Some(Ok(false) | Err(_)) => return Err(End::Lost),
-            None => return Err(End::Violation("a payload that stopped coming")),
+        match inbox.fill_payload(payload_len).await {
+            Ok(true) => {}
+            Ok(false) => return Err(End::Lost),
+            Err(e) => return Err(End::of_payload(&e)),
         }
         let rules = self.rules();
         let header = header.with_contexts(&inbox.bytes()[..payload_len], &rules);
@@ -266,7 +266,6 @@ impl<D: Device> Connection<D> {
         Rules {
             size_bytes: self.device.size_bytes(),
             read_only: self.read_only,
-            framing: self.framing,
             contexts: self.contexts,
             draining: self.seat.draining(),
         }

@@ -140,6 +140,14 @@ impl Mended {
     }
 }
 
+impl AddAssign for Mended {
+    fn add_assign(&mut self, other: Self) {
+        self.healed_blocks += other.healed_blocks;
+        self.healed_areas += other.healed_areas;
+        self.lost_blocks += other.lost_blocks;
+    }
+}
+
 struct Entry {
     volume: Rc<Volume>,
     /// The volume's attachment epoch, as sessions are judged by. Raised first when an attachment ends.
@@ -383,9 +391,13 @@ impl Registry {
 
     /// A volume goes: what it has mended is taken later.
     fn keep_mended(&self, id: VolumeId, entry: &Entry) {
-        let new = Mended::of(&entry.volume.stats()).since(entry.taken.get());
+        self.add_mended(id, Mended::of(&entry.volume.stats()).since(entry.taken.get()));
+    }
+
+    /// It may have been opened and closed before since that was last taken.
+    fn add_mended(&self, id: VolumeId, new: Mended) {
         if new != Mended::default() {
-            self.mended.borrow_mut().insert(id, new);
+            *self.mended.borrow_mut().entry(id).or_default() += new;
         }
     }
 
@@ -407,5 +419,26 @@ impl Registry {
         let io = StoreIo::attach(handle)?;
         self.stores.borrow_mut().insert(id, io.clone());
         Ok(io)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_volume_has_mended_counts_from_every_time_it_was_open() {
+        let registry = Registry::default();
+        let id = VolumeId::random();
+        let mended = |healed_blocks, healed_areas, lost_blocks| Mended {
+            healed_blocks,
+            healed_areas,
+            lost_blocks,
+        };
+        registry.add_mended(id, mended(1, 2, 3));
+        registry.add_mended(id, Mended::default());
+        registry.add_mended(id, mended(10, 20, 30));
+        assert_eq!(registry.take_mended(), [(id, mended(11, 22, 33))]);
+        assert!(registry.take_mended().is_empty());
     }
 }

@@ -266,8 +266,16 @@ impl Shelf {
         }
     }
 
+    /// Which a client means by that name.
+    fn index(&self, name: &str) -> Option<usize> {
+        match &self.0[..] {
+            [_] if name.is_empty() => Some(0),
+            shelf => shelf.iter().position(|(known, ..)| *known == name),
+        }
+    }
+
     fn export(&self, name: &str) -> Option<Export<Rc<Fake>>> {
-        let (name, read_only, device) = self.0.iter().find(|(known, ..)| *known == name)?;
+        let (name, read_only, device) = &self.0[self.index(name)?];
         Some(Export {
             name: (*name).to_owned(),
             description: format!("{name} of the test"),

@@ -58,8 +58,6 @@ pub(super) struct Foreseen {
     pub(super) starts_tls: bool,
     /// Bytes of the client's that belong to it.
     pub(super) used: usize,
-    /// The server hangs up by itself, or the client's bytes end inside of an option.
-    pub(super) open: bool,
 }
 
 /// What has to come of one option.
@@ -109,7 +107,6 @@ impl Foreseen {
             agreed: None,
             starts_tls: false,
             used: bytes.len(),
-            open: true,
         };
         let mut at = 0;
         let flags = match (start.flags, bytes.first_chunk::<4>()) {
@@ -120,7 +117,6 @@ impl Foreseen {
                 u32::from_be_bytes(*flags)
             }
         };
-        foreseen.open = false;
         if flags > 3 {
             return foreseen;
         }
@@ -132,7 +128,6 @@ impl Foreseen {
         };
         for _ in 0..start.options_left {
             let Some(head) = bytes.get(at..at + 16) else {
-                foreseen.open = true;
                 return foreseen;
             };
             let (code, len) = (be32(&head[8..]), be32(&head[12..]) as usize);
@@ -144,7 +139,6 @@ impl Foreseen {
                 return foreseen;
             }
             let Some(data) = bytes.get(at + 16..at + 16 + len) else {
-                foreseen.open = true;
                 return foreseen;
             };
             at += 16 + len;

@@ -244,8 +244,7 @@ impl World {
 }
 
 fn volume_of(shelf: &Shelf, name: &str) -> Option<VolumeId> {
-    let index = shelf.0.iter().position(|(known, ..)| *known == name)?;
-    Some(VolumeId::from_bytes([index as u8 + 1; 16]))
+    Some(VolumeId::from_bytes([shelf.index(name)? as u8 + 1; 16]))
 }
 
 /// What a VM sees before it has named a volume.

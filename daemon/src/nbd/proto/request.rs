@@ -63,9 +63,8 @@ pub(in crate::nbd) struct Header {
     command: u16,
     /// See [`Cookie`].
     pub(in crate::nbd) cookie: Cookie,
-    offset: u64,
     len: u64,
-    extended: bool,
+    framing: Framing,
     /// The contexts that the payload of a BLOCK_STATUS names.
     contexts: Option<Contexts>,
 }
@@ -77,8 +76,6 @@ pub(in crate::nbd) struct Rules {
     pub(in crate::nbd) size_bytes: u64,
     /// Nothing may be written.
     pub(in crate::nbd) read_only: bool,
-    /// How replies look.
-    pub(in crate::nbd) framing: Framing,
     /// The contexts that were negotiated.
     pub(in crate::nbd) contexts: Contexts,
     /// The server is shutting down.
@@ -167,13 +164,12 @@ impl Header {
             flags,
             command,
             cookie: Cookie { number, offset },
-            offset,
             len: if extended {
                 fields.u64()?
             } else {
                 fields.u32()?.into()
             },
-            extended,
+            framing,
             contexts: None,
         })
     }
@@ -192,8 +188,12 @@ impl Header {
         }
     }
 
+    fn is_extended(&self) -> bool {
+        self.framing == Framing::Extended
+    }
+
     fn says_payload(&self) -> bool {
-        self.extended && self.flags & FLAG_PAYLOAD_LEN != 0
+        self.is_extended() && self.flags & FLAG_PAYLOAD_LEN != 0
     }
 
     /// Whether its payload says which contexts are meant, and of how many bytes: [`Header::with_contexts`] comes before
@@ -241,14 +241,14 @@ impl Header {
         let &Self {
             flags,
             command,
-            offset,
+            cookie: Cookie { offset, .. },
             len,
             ..
         } = self;
         let (name, own_flags) = match command {
-            READ if rules.framing >= Framing::Structured => ("read", FLAG_DF),
+            READ if self.framing >= Framing::Structured => ("read", FLAG_DF),
             READ => ("read", 0),
-            WRITE if self.extended => ("write", FLAG_PAYLOAD_LEN),
+            WRITE if self.is_extended() => ("write", FLAG_PAYLOAD_LEN),
             WRITE => ("write", 0),
             FLUSH => ("flush", 0),
             TRIM => ("trim", 0),
@@ -357,7 +357,7 @@ impl Header {
         match self.command {
             READ | WRITE => self.len.min(NBD_PAYLOAD_MAX.into()) as usize,
             WRITE_ZEROES if self.flags & FLAG_NO_HOLE != 0 => self.len.min(NBD_PAYLOAD_MAX.into()) as usize,
-            BLOCK_STATUS => block_status_bytes_max(self.extended),
+            BLOCK_STATUS => block_status_bytes_max(self.is_extended()),
             _ => 0,
         }
     }
@@ -377,7 +377,7 @@ impl Request {
         }
     }
 
-    /// Whether there is nothing to do but say so: hints, and ranges of no bytes.
+    /// Whether there is nothing to do but say so: ranges of no bytes.
     pub(in crate::nbd) fn is_trivial(&self) -> bool {
         match self {
             Request::Flush | Request::Cache | Request::BlockStatus { .. } => false,
@@ -398,48 +398,6 @@ fn refusal(error: WireError, text: impl Into<String>) -> Refusal {
     }
 }
 
-/// A request as a client writes it, for tests.
-#[cfg(test)]
-pub(in crate::nbd) fn encode(
-    flags: u16,
-    command: u16,
-    cookie: u64,
-    offset: u64,
-    len: u32,
-) -> [u8; COMPACT_BYTES] {
-    super::Writer::new()
-        .put(encode_start(MAGIC, flags, command, cookie, offset))
-        .put(len.to_be_bytes())
-        .done()
-}
-
-/// The same, extended.
-#[cfg(test)]
-pub(in crate::nbd) fn encode_extended(
-    flags: u16,
-    command: u16,
-    cookie: u64,
-    offset: u64,
-    len: u64,
-) -> [u8; EXTENDED_BYTES] {
-    super::Writer::new()
-        .put(encode_start(EXTENDED_MAGIC, flags, command, cookie, offset))
-        .put(len.to_be_bytes())
-        .done()
-}
-
-/// What both have in front of the length.
-#[cfg(test)]
-fn encode_start(magic: u32, flags: u16, command: u16, cookie: u64, offset: u64) -> [u8; 24] {
-    super::Writer::new()
-        .put(magic.to_be_bytes())
-        .put(flags.to_be_bytes())
-        .put(command.to_be_bytes())
-        .put(cookie.to_be_bytes())
-        .put(offset.to_be_bytes())
-        .done()
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -450,14 +408,20 @@ mod tests {
         Rules {
             size_bytes: 1 << 20,
             read_only: false,
-            framing: Framing::Structured,
             contexts: Contexts::all(),
             draining: false,
         }
     }
 
-    fn header(flags: u16, command: u16, offset: u64, len: u32) -> Header {
-        Header::decode(Framing::Structured, &encode(flags, command, 1, offset, len)).expect("the right magic")
+    fn header(flags: u16, command: u16, offset: u64, len: u64) -> Header {
+        Header {
+            flags,
+            command,
+            cookie: Cookie { number: 1, offset },
+            len,
+            framing: Framing::Structured,
+            contexts: None,
+        }
     }
 
     fn error(header: Header, rules: Rules) -> Option<WireError> {
@@ -509,19 +473,18 @@ mod tests {
 
     #[test]
     fn what_was_not_negotiated_is_invalid() {
-        let simple = Rules {
+        let simple = |header| Header {
             framing: Framing::Simple,
+            ..header
+        };
+        let unfragmented = simple(header(FLAG_DF, READ, 0, 1));
+        assert_eq!(error(unfragmented, rules()), Some(WireError::Invalid));
+        let nothing = Rules {
             contexts: Contexts::default(),
             ..rules()
         };
-        assert_eq!(
-            error(header(FLAG_DF, READ, 0, 1), simple),
-            Some(WireError::Invalid)
-        );
-        assert_eq!(
-            error(header(0, BLOCK_STATUS, 0, 1), simple),
-            Some(WireError::Invalid)
-        );
+        let status = simple(header(0, BLOCK_STATUS, 0, 1));
+        assert_eq!(error(status, nothing), Some(WireError::Invalid));
         assert_eq!(error(header(FLAG_DF, READ, 0, 1), rules()), None);
     }
 
@@ -550,7 +513,7 @@ mod tests {
             let header = Header::decode(framing, &bytes[..header_bytes(framing)]);
             let Some(mut header) = header else { return Ok(()) };
             prop_assert!(header.cost_bytes() <= NBD_PAYLOAD_MAX as usize);
-            let rules = Rules { size_bytes, read_only, framing, ..rules() };
+            let rules = Rules { size_bytes, read_only, ..rules() };
             if header.has_contexts() {
                 match header.with_contexts(&payload, &rules) {
                     Ok(with) => header = with,

@@ -206,7 +206,7 @@ impl Client {
     }
 
     pub(super) async fn write(&self, flags: u16, cookie: u64, offset: u64, payload: &[u8]) {
-        let mut bytes = request(flags, WRITE, cookie, offset, payload.len() as u32).to_vec();
+        let mut bytes = request(flags, WRITE, cookie, offset, payload.len() as u32);
         bytes.extend(payload);
         self.send(&bytes).await;
     }
@@ -283,7 +283,7 @@ impl Client {
         len: u64,
         payload: &[u8],
     ) -> Answer {
-        let mut bytes = crate::nbd::proto::request::encode_extended(flags, command, 79, offset, len).to_vec();
+        let mut bytes = request_extended(flags, command, 79, offset, len);
         bytes.extend(payload);
         self.send(&bytes).await;
         let answer = self.answer(0).await;
@@ -320,8 +320,26 @@ impl Client {
     }
 }
 
-pub(super) fn request(flags: u16, command: u16, cookie: u64, offset: u64, len: u32) -> [u8; 28] {
-    crate::nbd::proto::request::encode(flags, command, cookie, offset, len)
+/// A request as it goes over the wire, without its payload.
+pub(super) fn request(flags: u16, command: u16, cookie: u64, offset: u64, len: u32) -> Vec<u8> {
+    let start = request_start(0x2560_9513, flags, command, cookie, offset);
+    [&start[..], &len.to_be_bytes()].concat()
+}
+
+/// The same, extended.
+pub(super) fn request_extended(flags: u16, command: u16, cookie: u64, offset: u64, len: u64) -> Vec<u8> {
+    let start = request_start(0x21e4_1c71, flags, command, cookie, offset);
+    [&start[..], &len.to_be_bytes()].concat()
+}
+
+/// What both have in front of the length.
+fn request_start(magic: u32, flags: u16, command: u16, cookie: u64, offset: u64) -> Vec<u8> {
+    let mut bytes = magic.to_be_bytes().to_vec();
+    bytes.extend(flags.to_be_bytes());
+    bytes.extend(command.to_be_bytes());
+    bytes.extend(cookie.to_be_bytes());
+    bytes.extend(offset.to_be_bytes());
+    bytes
 }
 
 fn chunk(kind: u16, payload: &[u8]) -> Chunk {

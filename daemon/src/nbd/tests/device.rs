@@ -17,7 +17,6 @@ pub(super) struct Memory {
     bytes: RefCell<Vec<u8>>,
     /// Which blocks are data.
     data: RefCell<Vec<bool>>,
-    size_bytes: Cell<usize>,
     pool: BufPool,
     /// Requests wait at the door while this is set.
     held: Cell<bool>,
@@ -35,7 +34,6 @@ impl Memory {
         Rc::new(Self {
             bytes: RefCell::new(vec![0; size_bytes]),
             data: RefCell::new(vec![false; size_bytes.div_ceil(BLOCK)]),
-            size_bytes: Cell::new(size_bytes),
             pool: BufPool::new(64 << 20),
             held: Cell::new(false),
             opened: Notify::default(),
@@ -65,7 +63,6 @@ impl Memory {
     pub(super) fn grow(&self, size_bytes: usize) {
         self.bytes.borrow_mut().resize(size_bytes, 0);
         self.data.borrow_mut().resize(size_bytes.div_ceil(BLOCK), false);
-        self.size_bytes.set(size_bytes);
     }
 
     pub(super) fn contents(&self, at: usize, len: usize) -> Vec<u8> {
@@ -120,7 +117,7 @@ impl Drop for Running<'_> {
 
 impl Device for Rc<Memory> {
     fn size_bytes(&self) -> u64 {
-        self.size_bytes.get() as u64
+        self.bytes.borrow().len() as u64
     }
     fn pool(&self) -> &BufPool {
         &self.pool

@@ -1,9 +1,11 @@
 //! Extended headers: 64-bit lengths, payloads that say so, and replies of their own kind.
 
+use std::time::Duration;
+
 use libvol::limits::NBD_PAYLOAD_MAX;
 
 use super::client::*;
-use super::{Server, on_both, pattern};
+use super::{Server, on_both, on_both_with_clock, pattern, sleep};
 
 const SIZE: usize = 1 << 20;
 const BOTH: [&str; 2] = ["base:allocation", "qemu:allocation-depth"];
@@ -147,9 +149,9 @@ fn a_payload_beyond_the_limit_or_a_compact_request_ends_the_connection() {
         let server = Server::new(SIZE);
         let largest = u64::from(NBD_PAYLOAD_MAX);
         for bytes in [
-            crate::nbd::proto::request::encode_extended(PAYLOAD_LEN, WRITE, 1, 0, largest + 1).to_vec(),
-            crate::nbd::proto::request::encode_extended(0, WRITE, 1, 0, u64::MAX).to_vec(),
-            crate::nbd::proto::request::encode_extended(PAYLOAD_LEN, BLOCK_STATUS, 1, 0, 1 << 63).to_vec(),
+            request_extended(PAYLOAD_LEN, WRITE, 1, 0, largest + 1),
+            request_extended(0, WRITE, 1, 0, u64::MAX),
+            request_extended(PAYLOAD_LEN, BLOCK_STATUS, 1, 0, 1 << 63),
             [&request(0, READ, 1, 0, 512)[..], &[0; 4]].concat(),
         ] {
             let (mut client, _task) = server.connect();
@@ -157,6 +159,29 @@ fn a_payload_beyond_the_limit_or_a_compact_request_ends_the_connection() {
             client.try_send(&bytes).await;
             assert_eq!(client.hangup().await, 0);
         }
+    });
+}
+
+#[test]
+fn contexts_that_stop_coming_end_the_connection() {
+    on_both_with_clock(|clock| async move {
+        let server = Server::new(SIZE);
+        let (mut client, task) = server.connect();
+        client.start_extended("acme/web", &BOTH).await;
+        let payload = about(4096, &[1]);
+        let mut words = request_extended(PAYLOAD_LEN, BLOCK_STATUS, 1, 0, payload.len() as u64);
+        words.extend(&payload[..8]);
+        client.send(&words).await;
+        for _ in 0..10_000 {
+            clock.advance(Duration::from_secs(1));
+            sleep(Duration::from_millis(1)).await;
+            if task.is_finished() {
+                break;
+            }
+        }
+        assert!(task.is_finished(), "it is given up");
+        assert_eq!(client.hangup().await, 0);
+        assert!(server.device.log.borrow().is_empty());
     });
 }
 

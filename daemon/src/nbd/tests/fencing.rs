@@ -1,21 +1,13 @@
 //! What a lost connection leaves behind, and what its siblings do meanwhile (I3).
 
-use std::sync::Arc;
-
-use libvol::runtime::SendPart;
-use rustls::server::{ClientHello, ResolvesServerCert};
-use rustls::sign::CertifiedKey;
-use rustls::{ServerConfig, ServerConnection};
-
 use super::client::*;
 use super::*;
-use crate::nbd::link::{GOODBYE, Link};
 
 const SIZE: usize = 1 << 20;
 
 /// A connection that has a write waiting behind reads that run, and one more request in its socket, which it does not read: it
 /// is beyond the window, so the connection's reader waits for room, and receives nothing.
-pub(super) async fn with_a_write_that_waits(server: &Server) -> (Client, Task<()>) {
+async fn with_a_write_that_waits(server: &Server) -> (Client, Task<()>) {
     const LONG: u32 = 20 << 20;
     let (old, old_task) = server.transmit().await;
     server.device.hold();
@@ -28,6 +20,81 @@ pub(super) async fn with_a_write_that_waits(server: &Server) -> (Client, Task<()
     eventually("the reads run", || server.device.running.get() == 3).await;
     sleep(Duration::from_millis(20)).await;
     (old, old_task)
+}
+
+#[test]
+fn requests_of_a_lost_connection_end_before_its_sibling_starts_new_ones() {
+    on_both(|| async {
+        let server = Server::new(SIZE);
+        let (old, old_task) = server.transmit().await;
+        let (mut new, _new_task) = server.transmit().await;
+        server.device.hold();
+        old.write(0, 1, 0, b"old").await;
+        eventually("the old write runs", || server.device.running.get() == 1).await;
+        drop(old);
+        // The server learns of the loss with the end of the stream.
+        eventually("the loss is known", || server.sessions.leaving_connections() == 1).await;
+        new.write(0, 2, 0, b"new").await;
+        sleep(Duration::from_millis(10)).await;
+        assert_eq!(server.device.log.borrow().len(), 1, "the new write waits");
+        server.device.release();
+        assert_eq!(new.answer(0).await.error, 0);
+        old_task.await;
+        assert_eq!(server.device.contents(0, 3), b"new");
+    });
+}
+
+#[test]
+fn a_write_that_waits_behind_a_full_window_does_not_land_after_a_newer_one() {
+    on_both(|| async {
+        let server = Server::new(64 << 20);
+        let (mut new, _new_task) = server.transmit().await;
+        let (old, old_task) = with_a_write_that_waits(&server).await;
+        old.drop_connection();
+        eventually("the loss is known", || server.sessions.leaving_connections() == 1).await;
+        new.write(0, 5, 0, b"new").await;
+        sleep(Duration::from_millis(20)).await;
+        assert_eq!(server.device.log.borrow().len(), 3, "the new write waits");
+        server.device.release();
+        assert_eq!(new.answer(0).await.error, 0);
+        assert_eq!(
+            server.device.ended.get(),
+            4,
+            "after everything of the lost connection"
+        );
+        old_task.await;
+        assert_eq!(server.device.contents(0, 3), b"new");
+        let writes = |what: &&String| what.starts_with("write");
+        assert_eq!(server.device.log.borrow().iter().filter(writes).count(), 1);
+    });
+}
+
+#[test]
+fn requests_still_in_the_socket_of_a_client_that_hung_up_are_not_served() {
+    on_both(|| async {
+        for still_reading in [false, true] {
+            let server = Server::new(64 << 20);
+            let (mut client, task) = server.transmit().await;
+            server.device.hold();
+            // Fill the window, then leave a write behind in the socket.
+            for i in 0..2 {
+                client.request(0, READ, i, 0, 32 << 20).await;
+            }
+            client.write(0, 9, 0, b"too late").await;
+            eventually("the reads run", || server.device.running.get() == 2).await;
+            if still_reading {
+                client.stop_sending();
+            } else {
+                client.drop_connection();
+            }
+            server.device.release();
+            client.hangup().await;
+            task.await;
+            let log = server.device.log.borrow();
+            assert_eq!(log.len(), 2);
+            assert!(log.iter().all(|what| what.starts_with("read")));
+        }
+    });
 }
 
 #[test]
@@ -99,7 +166,7 @@ fn a_connection_that_is_cut_in_the_middle_of_a_payload_has_written_nothing_of_it
     on_both(|| async {
         let server = Server::new(SIZE);
         let payload = vec![0xee; 300_000];
-        let mut words = request(0, WRITE, 1, 0, payload.len() as u32).to_vec();
+        let mut words = request(0, WRITE, 1, 0, payload.len() as u32);
         words.extend(&payload);
         for sent in [1, 27, 28, 29, 4096, 28 + 65_536, 28 + 262_144, words.len() - 1] {
             let (old, old_task) = server.transmit().await;
@@ -143,38 +210,5 @@ fn a_payload_that_stands_still_keeps_neither_siblings_nor_a_detach_waiting() {
         old.try_send(&[0xee; 3096]).await;
         assert!(server.device.contents(0, 4096).iter().all(|byte| *byte == 7));
         assert_eq!(server.device.log.borrow().len(), 1);
-    });
-}
-
-/// A server without a certificate: enough for whoever gets no further than the first word.
-#[derive(Debug)]
-struct NoCertificate;
-
-impl ResolvesServerCert for NoCertificate {
-    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        None
-    }
-}
-
-#[test]
-fn a_goodbye_under_tls_is_not_waited_for_when_nobody_takes_it() {
-    on_both_with_clock(|clock| async move {
-        let config =
-            ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
-                .with_protocol_versions(&[&rustls::version::TLS13])
-                .unwrap()
-                .with_no_client_auth()
-                .with_cert_resolver(Arc::new(NoCertificate));
-        let (ours, _theirs) = UnixStream::pair().unwrap();
-        let stream = Stream::new(OwnedFd::from(ours));
-        let link = Link::with_tls(stream.clone(), ServerConnection::new(Arc::new(config)).unwrap());
-        // Nobody reads, so the socket is full from here on.
-        let _filling = spawn(async move { stream.send(vec![SendPart::Zeros(64 << 20)]).await });
-        sleep(Duration::from_millis(20)).await;
-        let goodbye = spawn(async move { link.say_goodbye().await });
-        sleep(Duration::from_millis(20)).await;
-        assert!(!goodbye.is_finished(), "there is no room for it");
-        clock.advance(GOODBYE);
-        eventually("it is given up", || goodbye.is_finished()).await;
     });
 }

@@ -3,7 +3,6 @@
 use libvol::limits::{NBD_CONNECTIONS_PER_ATTACHMENT, NBD_PAYLOAD_MAX, VOLUME_BYTES_IN_FLIGHT};
 
 use super::client::*;
-use super::fencing::with_a_write_that_waits;
 use super::*;
 
 const SIZE: usize = 1 << 20;
@@ -137,81 +136,6 @@ fn an_attachment_has_so_many_connections_and_no_more() {
         over_task.await;
         assert!(!last_task.is_finished());
         server.sessions.end_all().await;
-    });
-}
-
-#[test]
-fn requests_of_a_lost_connection_end_before_its_sibling_starts_new_ones() {
-    on_both(|| async {
-        let server = Server::new(SIZE);
-        let (old, old_task) = server.transmit().await;
-        let (mut new, _new_task) = server.transmit().await;
-        server.device.hold();
-        old.write(0, 1, 0, b"old").await;
-        eventually("the old write runs", || server.device.running.get() == 1).await;
-        drop(old);
-        // The server learns of the loss with the end of the stream.
-        eventually("the loss is known", || server.sessions.leaving_connections() == 1).await;
-        new.write(0, 2, 0, b"new").await;
-        sleep(Duration::from_millis(10)).await;
-        assert_eq!(server.device.log.borrow().len(), 1, "the new write waits");
-        server.device.release();
-        assert_eq!(new.answer(0).await.error, 0);
-        old_task.await;
-        assert_eq!(server.device.contents(0, 3), b"new");
-    });
-}
-
-#[test]
-fn a_write_that_waits_behind_a_full_window_does_not_land_after_a_newer_one() {
-    on_both(|| async {
-        let server = Server::new(64 << 20);
-        let (mut new, _new_task) = server.transmit().await;
-        let (old, old_task) = with_a_write_that_waits(&server).await;
-        old.drop_connection();
-        eventually("the loss is known", || server.sessions.leaving_connections() == 1).await;
-        new.write(0, 5, 0, b"new").await;
-        sleep(Duration::from_millis(20)).await;
-        assert_eq!(server.device.log.borrow().len(), 3, "the new write waits");
-        server.device.release();
-        assert_eq!(new.answer(0).await.error, 0);
-        assert_eq!(
-            server.device.ended.get(),
-            4,
-            "after everything of the lost connection"
-        );
-        old_task.await;
-        assert_eq!(server.device.contents(0, 3), b"new");
-        let writes = |what: &&String| what.starts_with("write");
-        assert_eq!(server.device.log.borrow().iter().filter(writes).count(), 1);
-    });
-}
-
-#[test]
-fn requests_still_in_the_socket_of_a_client_that_hung_up_are_not_served() {
-    on_both(|| async {
-        for still_reading in [false, true] {
-            let server = Server::new(64 << 20);
-            let (mut client, task) = server.transmit().await;
-            server.device.hold();
-            // Fill the window, then leave a write behind in the socket.
-            for i in 0..2 {
-                client.request(0, READ, i, 0, 32 << 20).await;
-            }
-            client.write(0, 9, 0, b"too late").await;
-            eventually("the reads run", || server.device.running.get() == 2).await;
-            if still_reading {
-                client.stop_sending();
-            } else {
-                client.drop_connection();
-            }
-            server.device.release();
-            client.hangup().await;
-            task.await;
-            let log = server.device.log.borrow();
-            assert_eq!(log.len(), 2);
-            assert!(log.iter().all(|what| what.starts_with("read")));
-        }
     });
 }
 
