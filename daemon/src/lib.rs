@@ -13,6 +13,7 @@ mod process;
 mod rebuild;
 mod serve;
 mod shard;
+mod vhost;
 
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;
