@@ -80,7 +80,10 @@ pub(crate) fn check_thread() -> std::io::Result<()> {
 /// Serves one front-end to its end. Returns when the last of its requests has ended and what it left behind is closed.
 pub(crate) async fn serve<D: Device>(stream: Stream, export: Export<D>, sessions: Rc<Sessions>) {
     let Some(seat) = sessions.enter().await else {
-        tracing::debug!(volume = export.name, "vhost-user: a front-end is turned away: there is one, or the attachment ends");
+        tracing::debug!(
+            volume = export.name,
+            "vhost-user: a front-end is turned away: there is one, or the attachment ends"
+        );
         return;
     };
     session::run(stream, export, seat).await;

@@ -187,7 +187,9 @@ impl<D: Device> Session<'_, D> {
             wrong => {
                 self.leavings.put_all(descriptors);
                 wrong?;
-                return Err(End::Violation("another number of descriptors than a message takes"));
+                return Err(End::Violation(
+                    "another number of descriptors than a message takes",
+                ));
             }
         };
         let has_reply = message.has_reply();
@@ -206,7 +208,11 @@ impl<D: Device> Session<'_, D> {
             Ok(Answer::Done) if needs_ack => self.acknowledge(header.request, 0),
             Ok(Answer::Done) => Ok(()),
             Err(Refused(why)) if needs_ack && !has_reply => {
-                tracing::debug!(volume = self.front.name(), "vhost-user: {message_name} refused: {why}", message_name = header.request);
+                tracing::debug!(
+                    volume = self.front.name(),
+                    "vhost-user: {message_name} refused: {why}",
+                    message_name = header.request
+                );
                 self.acknowledge(header.request, 1)
             }
             Err(Refused(why)) => Err(End::Refused(why)),
@@ -360,7 +366,9 @@ impl<D: Device> Session<'_, D> {
         files: impl Iterator<Item = OwnedFd>,
     ) -> Result<(), Refused> {
         let files: Vec<(Region, OwnedFd)> = regions.into_iter().zip(files).collect();
-        let copies = files.iter().map(|(region, file)| Ok((*region, file.try_clone()?)));
+        let copies = files
+            .iter()
+            .map(|(region, file)| Ok((*region, file.try_clone()?)));
         let memory = copies
             .collect::<std::io::Result<Vec<_>>>()
             .map_err(Refused::from)
@@ -397,7 +405,8 @@ impl<D: Device> Session<'_, D> {
     fn remove_memory(&mut self, region: &Region) -> Result<(), Refused> {
         let memory = self.front.memory().without(region)?;
         self.front.set_memory(memory);
-        let same = |other: &Region| (other.guest, other.user, other.len) == (region.guest, region.user, region.len);
+        let same =
+            |other: &Region| (other.guest, other.user, other.len) == (region.guest, region.user, region.len);
         let (gone, kept) = std::mem::take(&mut self.memory_files)
             .into_iter()
             .partition(|(other, _)| same(other));
@@ -412,7 +421,8 @@ impl<D: Device> Session<'_, D> {
             && socket_type(&socket) == Ok(SocketType::STREAM);
         match is_stream {
             true => {
-                self.leavings.put_all(self.front.set_backend_channel(Some(socket)));
+                self.leavings
+                    .put_all(self.front.set_backend_channel(Some(socket)));
                 Ok(())
             }
             false => {
