@@ -14,6 +14,8 @@
 
 mod chain;
 mod fault;
+#[cfg(any(test, feature = "fuzzing"))]
+mod guest;
 mod inflight;
 mod mapping;
 mod memory;
