@@ -15,6 +15,8 @@
 mod chain;
 mod fault;
 #[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
+#[cfg(any(test, feature = "fuzzing"))]
 mod guest;
 mod inflight;
 mod mapping;
