@@ -146,6 +146,11 @@ impl Ring {
         self.size
     }
 
+    /// Writes to the used ring are logged there from now on, or not any more.
+    pub(super) fn log_used_at(&mut self, at: Option<u64>) {
+        self.addresses.log_used = at;
+    }
+
     /// Where another back-end would go on when nothing is in flight (GET_VRING_BASE).
     pub(super) fn base(&self) -> u16 {
         self.next_avail

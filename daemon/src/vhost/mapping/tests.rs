@@ -246,6 +246,25 @@ fn mappings_that_go_leave_their_place_to_others() {
     }
 }
 
+#[test]
+fn large_mappings_are_unmapped_too() {
+    let fd = memfd(64 << 20);
+    let mapping = Mapping::new(&fd, 0, 64 << 20).unwrap();
+    mapping.write(20 << 20, b"touched").unwrap();
+    let start = format!("{:x}-", mapping.base.as_ptr() as usize);
+    let is_mapped = || {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        maps.lines()
+            .any(|line| line.starts_with(&start) && line.contains("memfd:guest"))
+    };
+    assert!(is_mapped());
+    drop(mapping);
+    // By another thread, soon.
+    while is_mapped() {
+        std::thread::yield_now();
+    }
+}
+
 /// Run as a process of its own: a fault of memory that is no mapping of this room.
 #[test]
 fn a_fault_anywhere_else_still_ends_the_process() {
