@@ -158,7 +158,8 @@ pub(super) fn send_now(
     }
 }
 
-fn receive_now(
+/// What has been received, if something has.
+pub(super) fn receive_now(
     socket: BorrowedFd<'_>,
     bytes: &mut [u8],
     descriptors: &mut Vec<OwnedFd>,

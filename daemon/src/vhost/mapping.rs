@@ -7,9 +7,10 @@
 //! The front-end can make the file shorter, and an access then raises SIGBUS. [`sigbus`] puts empty memory in the place of
 //! the mapping, and the access goes on there; it is told as [`Fault::Gone`], as are all after it. Memory that is touched for
 //! the first time here is accounted to this process's cgroup. The mapping is not locked: what of a guest may be swapped is
-//! decided where the guest runs.
+//! decided where the guest runs. Large mappings are unmapped by a thread of their own ([`unmap`]): their pages go one by one.
 
 mod sigbus;
+mod unmap;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
@@ -19,6 +20,7 @@ use rustix::fs::{FileType, fstat, fstatfs};
 
 use super::fault::{BadMemory, Fault};
 use sigbus::Slot;
+use unmap::Mapped;
 
 /// From this length on the processor's own copying is quicker than a loop.
 #[cfg(target_arch = "x86_64")]
@@ -33,10 +35,9 @@ pub(super) struct Mapping {
     /// What was asked for, which need not begin with a page.
     base: NonNull<u8>,
     len: usize,
-    /// What was mapped: whole pages.
-    mapped: NonNull<u8>,
-    mapped_len: usize,
     slot: &'static Slot,
+    /// What was mapped: whole pages. Present until drop.
+    mapped: Option<Mapped>,
 }
 
 impl Mapping {
@@ -85,13 +86,13 @@ impl Mapping {
             unsafe { libc::munmap(raw, mapped_len) };
             return Err(BadMemory::Refused("too many memory regions are mapped already"));
         };
+        let start = NonNull::new(raw.cast::<u8>()).expect("the kernel places nothing at zero");
         Ok(Self {
             // SAFETY: `lead` is less than `mapped_len`.
-            base: unsafe { mapped.add(lead) },
+            base: unsafe { start.add(lead) },
             len,
-            mapped,
-            mapped_len,
             slot,
+            mapped: Some(Mapped::new(raw as usize, mapped_len, slot)),
         })
     }
 
@@ -220,11 +221,7 @@ numbers! {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // Before the addresses can be anybody else's.
-        self.slot.retire();
-        // SAFETY: the mapping, or what stands in its place, is ours alone and is unmapped once; nothing borrows from it.
-        let result = unsafe { libc::munmap(self.mapped.as_ptr().cast(), self.mapped_len) };
-        debug_assert_eq!(result, 0);
+        self.mapped.take().expect("present until drop").unmap();
     }
 }
 

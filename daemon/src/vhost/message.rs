@@ -34,36 +34,36 @@ const VRING_FLAG_LOG: u32 = 1;
 const BACKEND_CONFIG_CHANGE: u32 = 2;
 
 /// Numbers of the front-end's messages ("Front-end message types").
-mod number {
-    pub(super) const GET_FEATURES: u32 = 1;
-    pub(super) const SET_FEATURES: u32 = 2;
-    pub(super) const SET_OWNER: u32 = 3;
-    pub(super) const RESET_OWNER: u32 = 4;
-    pub(super) const SET_MEM_TABLE: u32 = 5;
-    pub(super) const SET_LOG_BASE: u32 = 6;
-    pub(super) const SET_LOG_FD: u32 = 7;
-    pub(super) const SET_VRING_NUM: u32 = 8;
-    pub(super) const SET_VRING_ADDR: u32 = 9;
-    pub(super) const SET_VRING_BASE: u32 = 10;
-    pub(super) const GET_VRING_BASE: u32 = 11;
-    pub(super) const SET_VRING_KICK: u32 = 12;
-    pub(super) const SET_VRING_CALL: u32 = 13;
-    pub(super) const SET_VRING_ERR: u32 = 14;
-    pub(super) const GET_PROTOCOL_FEATURES: u32 = 15;
-    pub(super) const SET_PROTOCOL_FEATURES: u32 = 16;
-    pub(super) const GET_QUEUE_NUM: u32 = 17;
-    pub(super) const SET_VRING_ENABLE: u32 = 18;
-    pub(super) const SET_BACKEND_REQ_FD: u32 = 21;
-    pub(super) const GET_CONFIG: u32 = 24;
-    pub(super) const SET_CONFIG: u32 = 25;
-    pub(super) const GET_INFLIGHT_FD: u32 = 31;
-    pub(super) const SET_INFLIGHT_FD: u32 = 32;
-    pub(super) const RESET_DEVICE: u32 = 34;
-    pub(super) const GET_MAX_MEM_SLOTS: u32 = 36;
-    pub(super) const ADD_MEM_REG: u32 = 37;
-    pub(super) const REM_MEM_REG: u32 = 38;
-    pub(super) const SET_STATUS: u32 = 39;
-    pub(super) const GET_STATUS: u32 = 40;
+pub(super) mod number {
+    pub(crate) const GET_FEATURES: u32 = 1;
+    pub(crate) const SET_FEATURES: u32 = 2;
+    pub(crate) const SET_OWNER: u32 = 3;
+    pub(crate) const RESET_OWNER: u32 = 4;
+    pub(crate) const SET_MEM_TABLE: u32 = 5;
+    pub(crate) const SET_LOG_BASE: u32 = 6;
+    pub(crate) const SET_LOG_FD: u32 = 7;
+    pub(crate) const SET_VRING_NUM: u32 = 8;
+    pub(crate) const SET_VRING_ADDR: u32 = 9;
+    pub(crate) const SET_VRING_BASE: u32 = 10;
+    pub(crate) const GET_VRING_BASE: u32 = 11;
+    pub(crate) const SET_VRING_KICK: u32 = 12;
+    pub(crate) const SET_VRING_CALL: u32 = 13;
+    pub(crate) const SET_VRING_ERR: u32 = 14;
+    pub(crate) const GET_PROTOCOL_FEATURES: u32 = 15;
+    pub(crate) const SET_PROTOCOL_FEATURES: u32 = 16;
+    pub(crate) const GET_QUEUE_NUM: u32 = 17;
+    pub(crate) const SET_VRING_ENABLE: u32 = 18;
+    pub(crate) const SET_BACKEND_REQ_FD: u32 = 21;
+    pub(crate) const GET_CONFIG: u32 = 24;
+    pub(crate) const SET_CONFIG: u32 = 25;
+    pub(crate) const GET_INFLIGHT_FD: u32 = 31;
+    pub(crate) const SET_INFLIGHT_FD: u32 = 32;
+    pub(crate) const RESET_DEVICE: u32 = 34;
+    pub(crate) const GET_MAX_MEM_SLOTS: u32 = 36;
+    pub(crate) const ADD_MEM_REG: u32 = 37;
+    pub(crate) const REM_MEM_REG: u32 = 38;
+    pub(crate) const SET_STATUS: u32 = 39;
+    pub(crate) const GET_STATUS: u32 = 40;
 }
 
 /// Why bytes are no message that can be followed. The conversation ends.

@@ -30,6 +30,10 @@ mod channel;
 mod config;
 mod fault;
 mod front;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
+#[cfg(any(test, feature = "fuzzing"))]
+mod guest;
 mod inflight;
 mod leavings;
 mod mapping;
@@ -41,6 +45,8 @@ mod request;
 mod ring;
 mod session;
 mod sessions;
+#[cfg(test)]
+mod tests;
 
 use std::rc::Rc;
 

@@ -247,6 +247,9 @@ impl<D: Device> Queue<D> {
             area.about_to_use(head)?;
         }
         ring.push_used(&memory, log.as_deref(), head, len)?;
+        if log.is_some_and(|log| log.is_broken()) {
+            return Err(Fault::Gone);
+        }
         if let Some(area) = &*area {
             area.used(head, ring.used_index())?;
         }
