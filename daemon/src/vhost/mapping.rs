@@ -73,7 +73,7 @@ impl Mapping {
                 std::io::Error::last_os_error(),
             ));
         }
-        let mapped = NonNull::new(raw.cast::<u8>()).expect("the kernel places nothing at zero");
+        let first = NonNull::new(raw.cast::<u8>()).expect("the kernel places nothing at zero");
         // SAFETY: the mapping is ours; advice and unlocking change no contents. When they fail, it is only dumped or locked
         // as the rest of the process is.
         unsafe {
@@ -86,10 +86,9 @@ impl Mapping {
             unsafe { libc::munmap(raw, mapped_len) };
             return Err(BadMemory::Refused("too many memory regions are mapped already"));
         };
-        let start = NonNull::new(raw.cast::<u8>()).expect("the kernel places nothing at zero");
         Ok(Self {
             // SAFETY: `lead` is less than `mapped_len`.
-            base: unsafe { start.add(lead) },
+            base: unsafe { first.add(lead) },
             len,
             slot,
             mapped: Some(Mapped::new(raw as usize, mapped_len, slot)),

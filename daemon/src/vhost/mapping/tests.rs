@@ -180,8 +180,8 @@ fn memory_that_is_cut_off_during_a_copy_harms_neither_this_thread_nor_others() {
             let fd = memfd(256 * PAGE as u64);
             let mapping = Mapping::new(&fd, 0, 256 * PAGE).unwrap();
             let mut out = vec![0; 256 * PAGE];
+            let begun = std::sync::Barrier::new(2);
             std::thread::scope(|cutting| {
-                let begun = std::sync::Barrier::new(2);
                 let (fd, begun) = (&fd, &begun);
                 cutting.spawn(move || {
                     begun.wait();
