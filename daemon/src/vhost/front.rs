@@ -112,7 +112,7 @@ impl<D: Device> Front<D> {
         self.features.get()
     }
 
-    /// The front-end has agreed to these. The cache's mode begins anew.
+    /// The front-end has agreed to these.
     pub(super) fn agree(&self, features: u64) {
         self.features.set(features);
     }
@@ -130,7 +130,7 @@ impl<D: Device> Front<D> {
         self.writeback.get()
     }
 
-    /// The guest, or a reset, sets the cache's mode.
+    /// The guest sets the cache's mode. It outlives resets: front-ends tell it once.
     pub(super) fn set_writeback(&self, on: bool) {
         self.writeback.set(on);
     }

@@ -180,13 +180,14 @@ impl Mapping {
 
 /// Numbers in memory that others change: one access each, acquire and release, in this machine's byte order.
 macro_rules! numbers {
-    ($($load:ident $store:ident $number:ty, $atomic:ty;)*) => {
+    ($($(#[$loading:meta])* $load:ident $store:ident $number:ty, $atomic:ty;)*) => {
         impl Mapping {
             $(
                 /// Reads a number.
                 ///
                 /// # Errors
                 /// Outside the mapping, not aligned, or it is broken.
+                $(#[$loading])*
                 pub(super) fn $load(&self, at: usize) -> Result<$number, Fault> {
                     let place = self.aligned(at, size_of::<$number>())?;
                     // SAFETY: aligned and inside the mapping, which lives as long as `self`; it is only accessed
@@ -214,6 +215,7 @@ macro_rules! numbers {
 numbers! {
     load_u8 store_u8 u8, AtomicU8;
     load_u16 store_u16 u16, AtomicU16;
+    #[cfg(test)]
     load_u32 store_u32 u32, AtomicU32;
     load_u64 store_u64 u64, AtomicU64;
 }

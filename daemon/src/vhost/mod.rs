@@ -18,6 +18,7 @@
 //! | [`ring`] | one split virtqueue |
 //! | [`request`] | from a chain to one checked block request |
 //! | [`inflight`] | which requests are in flight, where a crash leaves it |
+//! | [`cache_mode`] | whether the guest writes back or through, kept there as well |
 //!
 //! A front-end (QEMU, which its guest may have taken over) is hostile in every byte, and the worst that it reaches is that its
 //! own device is disconnected: nothing that it passes blocks or kills the shard's thread, which other tenants share.
@@ -25,6 +26,7 @@
 //! This room knows requests and bytes. Who may connect is decided by whoever calls [`serve`]; it deliberately knows no
 //! stores, no customers and no credentials.
 
+mod cache_mode;
 mod chain;
 mod channel;
 mod config;

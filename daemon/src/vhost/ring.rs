@@ -144,11 +144,6 @@ impl Ring {
         Chain::walk(memory, self.addresses.desc, self.size, head)
     }
 
-    /// Entries of the queue.
-    pub(super) fn size(&self) -> u16 {
-        self.size
-    }
-
     /// Writes to the used ring are logged there from now on, or not any more.
     pub(super) fn log_used_at(&mut self, at: Option<u64>) {
         self.addresses.log_used = at;
@@ -165,6 +160,7 @@ impl Ring {
     }
 
     /// Heads taken and not given back.
+    #[cfg(test)]
     pub(super) fn in_flight(&self) -> usize {
         usize::from(self.in_flight)
     }

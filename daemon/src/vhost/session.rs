@@ -5,7 +5,7 @@
 //! device. A queue begins when it has a kick and is enabled, and ends with GET_VRING_BASE or a reset, which are answered
 //! after its last request has been. Queues that run keep their place: of what describes them, only the log may change.
 //!
-//! The guest's memory outlives a reset, for front-ends tell only what has changed of it.
+//! The guest's memory and the cache's mode outlive a reset, for front-ends tell only what has changed of them.
 //!
 //! Source: QEMU docs/interop/vhost-user, "Communication", "Front-end message types".
 
@@ -20,6 +20,7 @@ use libvol::runtime::net::Stream;
 use libvol::runtime::{spawn, yield_now};
 
 use super::Export;
+use super::cache_mode::CacheMode;
 use super::channel::{Channel, End, Received};
 use super::config::{WRITEBACK_AT, feature, offered, protocol, space};
 use super::fault::BadMemory;
@@ -61,6 +62,7 @@ pub(super) async fn run<D: Device>(stream: Stream, export: Export<D>, seat: Seat
         signals,
         leavings: &leavings,
         memory_files: Vec::new(),
+        cache_mode: None,
         protocol: 0,
         status: 0,
         queues: Vec::new(),
@@ -97,6 +99,8 @@ struct Session<'a, D> {
     leavings: &'a Leavings,
     /// The files of the guest's memory as it is now, kept so that none is let go by unmapping it.
     memory_files: Vec<(Region, OwnedFd)>,
+    /// Where the cache's mode is noted.
+    cache_mode: Option<CacheMode>,
     /// Agreed protocol features.
     protocol: u64,
     status: u64,
@@ -459,6 +463,13 @@ impl<D: Device> Session<'_, D> {
         for (queue, area) in areas.into_iter().enumerate() {
             self.place(queue as u32)?.area = Some(area);
         }
+        self.cache_mode = CacheMode::behind(file, offset, len, queues, queue_size);
+        if let Some(mode) = &self.cache_mode {
+            match mode.noted() {
+                Some(back) => self.front.set_writeback(back),
+                None => mode.note(self.front.writeback()),
+            }
+        }
         Ok(())
     }
 
@@ -485,6 +496,9 @@ impl<D: Device> Session<'_, D> {
             }
         }
         front.set_writeback(writeback);
+        if let Some(mode) = &self.cache_mode {
+            mode.note(writeback);
+        }
         Ok(())
     }
 
@@ -574,6 +588,5 @@ impl<D: Device> Session<'_, D> {
             let place = &mut self.queues[index];
             (place.enabled, place.base) = (false, 0);
         }
-        self.front.set_writeback(true);
     }
 }

@@ -2,6 +2,7 @@
 
 use super::front_end::{FEATURES, FrontEnd, READ, UNTOUCHED, WRITE};
 use super::*;
+use crate::vhost::config::{WRITEBACK_AT, feature};
 use crate::vhost::message::number;
 
 #[test]
@@ -86,14 +87,16 @@ fn a_queue_stops_after_its_last_request_and_says_where_it_stands() {
 }
 
 #[test]
-fn what_was_in_flight_when_the_back_end_ended_is_done_again_in_its_order() {
+fn what_was_in_flight_when_the_back_end_ended_is_done_again_in_its_order_and_through_the_cache_as_before() {
     on_both(|| async {
         let attachment = Attachment::new();
         let (mut guest, task) = attachment.connect();
-        guest.agree(FEATURES).await;
+        guest.agree(FEATURES | feature::BLK_CONFIG_WCE).await;
         let area = guest.inflight_area().await;
         assert!(guest.use_area(&area).await);
         assert!(guest.pass_memory().await && guest.start_queue(0).await);
+        let through: Vec<u8> = [&WRITEBACK_AT.to_ne_bytes()[..], &1u32.to_ne_bytes(), &[0; 5]].concat();
+        assert!(guest.ask(number::SET_CONFIG, &through, None).await);
         assert_eq!(guest.carry_out(9, WRITE, 9, 512).await, 0);
         attachment.device.hold();
         for head in [6, 0, 3] {
@@ -112,12 +115,13 @@ fn what_was_in_flight_when_the_back_end_ended_is_done_again_in_its_order() {
         let FrontEnd { guest: memory, .. } = guest;
         let (mut again, _task) = attachment.connect();
         again.guest = memory;
-        again.agree(FEATURES).await;
+        again.agree(FEATURES | feature::BLK_CONFIG_WCE).await;
         assert!(again.use_area(&area).await);
         // As QEMU does, which knows no better than the used index.
         assert!(again.pass_memory().await && again.start_queue(1).await);
         again.called_for(5).await;
-        let order = [6, 0, 3, 12].map(|sector| format!("write {}+512 fua=false", sector * 512));
+        // That writes are durable when they are acknowledged was promised to the guest before.
+        let order = [6, 0, 3, 12].map(|sector| format!("write {}+512 fua=true", sector * 512));
         assert_eq!(*attachment.device.log.borrow(), order);
         assert_eq!(again.stop_queue().await, Some(5));
     });
