@@ -32,7 +32,7 @@ use super::message::{self, InflightShape, Message, UserAddresses};
 use super::notify::{Call, Kick, Signals};
 use super::queue::{CallPlace, Setup, Started};
 use super::ring::RingAddresses;
-use super::sessions::Seat;
+use super::sessions::{Member, Seat};
 use crate::device::Device;
 
 /// Turns that a cancelled wait for the socket may take to let go of it.
@@ -62,6 +62,7 @@ pub(super) async fn run<D: Device>(stream: Stream, export: Export<D>, seat: Seat
         signals,
         leavings: &leavings,
         memory_files: Vec::new(),
+        has_started: false,
         cache_mode: None,
         protocol: 0,
         status: 0,
@@ -99,6 +100,8 @@ struct Session<'a, D> {
     leavings: &'a Leavings,
     /// The files of the guest's memory as it is now, kept so that none is let go by unmapping it.
     memory_files: Vec<(Region, OwnedFd)>,
+    /// Whether a queue has been started.
+    has_started: bool,
     /// Where the cache's mode is noted.
     cache_mode: Option<CacheMode>,
     /// Agreed protocol features.
@@ -565,6 +568,10 @@ impl<D: Device> Session<'_, D> {
             call: place.call.clone(),
         };
         place.started = Some(Started::new(&front, setup)?);
+        if !std::mem::replace(&mut self.has_started, true) {
+            // The volume may have grown while nobody was there to tell: one that comes back does not look.
+            front.configuration_changed();
+        }
         Ok(())
     }
 
