@@ -41,10 +41,10 @@ pub fn run(
     let before = clock.map(CpuClock::seconds).transpose()?;
     let start = Instant::now();
     let (mut begun, mut ended) = (0_u64, 0_u64);
-    for slot in 0..load.depth as usize {
+    for (slot, at) in begun_at.iter_mut().enumerate() {
         if begun < limit {
             device.submit(slot, requests.next());
-            begun_at[slot] = Instant::now();
+            *at = Instant::now();
             begun += 1;
         }
     }

@@ -18,6 +18,7 @@ use libvol::limits::NBD_CONNECTIONS_PER_ATTACHMENT;
 use libvol::runtime::{net::Stream, sync::Notify, timeout, turn_number};
 
 use super::window::Budget;
+use crate::seldom::Seldom;
 
 /// Sockets of one attachment, those in the handshake included: as many again may be negotiating.
 const SOCKETS_MAX: usize = 2 * NBD_CONNECTIONS_PER_ATTACHMENT;
@@ -40,7 +41,7 @@ pub(crate) struct Sessions {
     changed: Notify,
     budget: Rc<Budget>,
     /// Requests that failed, for the log.
-    failures: Cell<u64>,
+    failures: Seldom,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,7 +82,7 @@ impl Sessions {
             looked: Cell::new(0),
             changed: Notify::default(),
             budget: Rc::default(),
-            failures: Cell::new(0),
+            failures: Seldom::default(),
         })
     }
 
@@ -211,11 +212,9 @@ impl Seat {
         self.sessions.budget.clone()
     }
 
-    /// One more request of the attachment has failed; how many that are.
-    pub(super) fn count_failure(&self) -> u64 {
-        let failures = self.sessions.failures.get() + 1;
-        self.sessions.failures.set(failures);
-        failures
+    /// Failures of the attachment's requests: a client cannot flood the log, however often it connects.
+    pub(super) fn failures(&self) -> &Seldom {
+        &self.sessions.failures
     }
 
     /// Makes the connection known to its siblings.

@@ -33,7 +33,6 @@ use libvol::error::{Error, Kind, Result};
 use libvol::limits::{BLOCK_SIZE, NBD_PAYLOAD_MAX};
 use libvol::runtime::{net::Stream, spawn, sync::Notify, timeout, yield_now};
 
-use super::device::Device;
 use super::handshake::Negotiated;
 use super::inbox::Inbox;
 use super::link::Link;
@@ -42,7 +41,9 @@ use super::proto::reply::BLOCK_STATUS_RUNS_MAX;
 use super::proto::request::{Cookie, Header, Refusal, Request, Rules, STATUS_PAYLOAD_MAX, header_bytes};
 use super::proto::{Contexts, Framing, WireError};
 use super::session::{Member, Seat};
-use super::window::{DepthPolicy, Window};
+use super::window::Window;
+use crate::depth::DepthPolicy;
+use crate::device::Device;
 
 /// Small requests are received this many bytes at a time: 64 writes of 4 KiB.
 const INBOX_BYTES: usize = 256 << 10;
@@ -454,17 +455,15 @@ impl<D: Device> Connection<D> {
         }
     }
 
-    /// Logs the 1st, 2nd, 4th, 8th … failure of the attachment: a client cannot flood the log, however often it connects.
     fn log_failure(&self, request: &Request, e: &Error) -> WireError {
-        let failures = self.seat.count_failure();
-        if failures.is_power_of_two() {
+        self.seat.failures().say(|failures| {
             tracing::warn!(
                 export = self.name,
                 failures,
                 "nbd: {} failed: {e}",
                 request.name()
             );
-        }
+        });
         if e.kind() == Kind::Unavailable && self.seat.draining() {
             return WireError::Shutdown;
         }

@@ -17,11 +17,11 @@ use rustix::net::sockopt::{
     set_socket_keepalive, set_tcp_keepidle, set_tcp_keepintvl, set_tcp_nodelay, set_tcp_user_timeout,
 };
 
-use super::door::Seldom;
 use super::switchboard::{Guest, Lobby, Switchboard};
 use super::tls::{TlsFiles, identity};
 use super::{Load, Shard, Shards};
 use crate::nbd;
+use crate::seldom::Seldom;
 
 /// A peer that has been silent this long is asked whether it is there, and asked again.
 const SILENCE: Duration = Duration::from_secs(15);

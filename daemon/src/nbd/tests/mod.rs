@@ -3,7 +3,6 @@
 
 mod bad_clients;
 mod client;
-mod device;
 mod extended;
 mod fencing;
 mod handshake;
@@ -28,8 +27,8 @@ use libvol::runtime::{
 };
 
 use super::{Export, Exports, Lookup, Sessions, serve_device};
+use crate::device::memory::Memory;
 use client::Client;
-use device::Memory;
 
 /// Long enough that only a hang reaches it.
 const FAR: Duration = Duration::from_secs(120);
