@@ -276,8 +276,9 @@ impl FrontEnd {
         self.status(head)
     }
 
-    /// Ends the conversation.
-    pub(super) fn hang_up(&self) {
-        self.stream.shutdown();
+    /// Has nothing more to say, and waits until the back-end has noticed and ends the conversation.
+    pub(super) async fn hang_up(&self) {
+        rustix::net::shutdown(self.stream.socket(), rustix::net::Shutdown::Write).unwrap();
+        assert!(self.is_cut().await);
     }
 }

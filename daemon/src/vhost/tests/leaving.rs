@@ -15,7 +15,7 @@ fn a_second_front_end_is_turned_away_while_the_first_is_there() {
         turned_away.await;
         assert_eq!(first.carry_out(0, WRITE, 0, 512).await, 0);
         assert_eq!(attachment.sessions.connections(), 1);
-        first.hang_up();
+        first.hang_up().await;
         task.await;
         let (mut third, _task) = attachment.start().await;
         assert_eq!(third.carry_out(0, READ, 0, 512).await, 0);
@@ -32,7 +32,7 @@ fn the_next_is_served_after_the_last_request_of_the_one_before_and_that_one_is_a
         first.lay(0, READ, 0, 0x1000);
         first.offer(0);
         eventually("it is at the device", || attachment.device.running.get() == 1).await;
-        first.hang_up();
+        first.hang_up().await;
         let (mut second, _second) = attachment.connect();
         let (third, _third) = attachment.connect();
         assert!(third.is_cut().await, "one waits already");
@@ -104,7 +104,7 @@ fn what_was_in_flight_when_the_back_end_ended_is_done_again_in_its_order_and_thr
             guest.offer(head);
         }
         eventually("all are at the device", || attachment.device.running.get() == 3).await;
-        guest.hang_up();
+        guest.hang_up().await;
         guest.lay(12, WRITE, 12, 512);
         guest.offer(12);
         attachment.device.release();
