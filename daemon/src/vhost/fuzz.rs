@@ -285,7 +285,7 @@ impl Model {
             let len = self.number(&descriptor[8..12]);
             let flags = self.number(&descriptor[12..14]) as u16;
             if flags & INDIRECT != 0 {
-                if nested || flags & NEXT != 0 || len == 0 || len % 16 != 0 {
+                if nested || flags & NEXT != 0 || len == 0 || !len.is_multiple_of(16) {
                     return None;
                 }
                 Self::places(at, len)?;
@@ -325,7 +325,7 @@ impl Model {
         let capacity = u128::from(rules.capacity_sectors);
         let payload = &readable[16..];
         let data = |len: u128| {
-            let good = len > 0 && len <= 32 << 20 && len % 512 == 0 && sector * 512 + len <= capacity * 512;
+            let good = len > 0 && len <= 32 << 20 && len.is_multiple_of(512) && sector * 512 + len <= capacity * 512;
             if good {
                 Ok((sector as u64 * 512, len as u32))
             } else {
@@ -335,7 +335,7 @@ impl Model {
         let ranges = |max: Option<RangesMax>, flags_allowed: u64| {
             let max = max.ok_or(2)?;
             let count = payload.len() / 16;
-            if rules.read_only || payload.len() % 16 != 0 || count == 0 || count > max.ranges as usize {
+            if rules.read_only || !payload.len().is_multiple_of(16) || count == 0 || count > max.ranges as usize {
                 return Err(1);
             }
             let mut ranges = Vec::new();

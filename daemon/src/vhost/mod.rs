@@ -35,6 +35,7 @@ mod front;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzz;
 #[cfg(any(test, feature = "fuzzing"))]
+#[cfg_attr(not(test), expect(dead_code, reason = "some of it is for tests alone"))]
 mod guest;
 mod inflight;
 mod leavings;
