@@ -37,6 +37,8 @@ use crate::device::Device;
 
 /// Heads taken before other tasks get a turn.
 const HEADS_A_TURN: usize = 32;
+/// Parts of chains, likewise: a chain has up to 2,047.
+const PARTS_A_TURN: usize = 512;
 
 /// After so many kicks for nothing, the next one is not looked for at once: an eventfd can be made so that it never is quiet.
 const IN_VAIN_MAX: usize = 64;
@@ -202,6 +204,7 @@ impl<D: Device> Queue<D> {
     /// Takes what there is, and has the guest kick for more. Gives how many there were.
     async fn take_available(self: &Rc<Self>) -> Result<usize, Fault> {
         let mut taken: usize = 0;
+        let mut parts = 0;
         loop {
             let memory = self.front.memory();
             // A queue that stops says where it stands, and those are behind it.
@@ -211,7 +214,7 @@ impl<D: Device> Queue<D> {
                 false => None,
             };
             if let Some(head) = left {
-                self.take(head, &memory).await?;
+                parts += self.take(head, &memory).await?;
             } else if !self.may_take() {
                 break;
             } else {
@@ -230,27 +233,30 @@ impl<D: Device> Queue<D> {
                 if let Some(area) = &mut *self.area.borrow_mut() {
                     area.started(head)?;
                 }
-                self.take(head, &memory).await?;
+                parts += self.take(head, &memory).await?;
             }
             taken += 1;
-            if taken.is_multiple_of(HEADS_A_TURN) {
+            if taken.is_multiple_of(HEADS_A_TURN) || parts >= PARTS_A_TURN {
+                parts = 0;
                 yield_now().await;
             }
         }
         Ok(taken)
     }
 
-    /// A head that is marked as in flight.
-    async fn take(self: &Rc<Self>, head: u16, memory: &Rc<GuestMemory>) -> Result<(), Fault> {
+    /// A head that is marked as in flight. Gives how many parts its chain may have.
+    async fn take(self: &Rc<Self>, head: u16, memory: &Rc<GuestMemory>) -> Result<usize, Fault> {
         let parsed = Parsed::read(memory, &self.ring.borrow(), head, &self.front.rules())?;
         match parsed {
             Parsed::Refused(refusal) => {
                 let len = refusal.finish(memory, self.front.log().as_deref())?;
-                self.give_back(head, len)
+                self.give_back(head, len)?;
+                Ok(PARTS_A_TURN)
             }
             Parsed::Request(request) => {
                 // Counted before it waits, so that a queue that stops waits for it.
                 let counted = [self.in_flight.enter(), self.front.in_flight().enter()];
+                let parts = request.parts();
                 let places = self.front.places(request.data_len() as usize).await;
                 self.front.admit(Job {
                     queue: self.clone(),
@@ -259,7 +265,7 @@ impl<D: Device> Queue<D> {
                     _places: places,
                     _counted: counted,
                 });
-                Ok(())
+                Ok(parts)
             }
         }
     }
@@ -363,7 +369,16 @@ impl<D: Device> Job<D> {
                 let bytes = *len as usize;
                 // Whole blocks, so that a sub-block write can be completed in place.
                 let mut buf = device.pool().get(bytes.next_multiple_of(BLOCK_SIZE));
-                self.request.gather(&self.memory, &mut buf[..bytes])?;
+                for from in (0..bytes).step_by(BYTES_A_TURN) {
+                    if from > 0 {
+                        yield_now().await;
+                        if front.is_cut() {
+                            return Ok(STATUS_IOERR);
+                        }
+                    }
+                    let to = bytes.min(from + BYTES_A_TURN);
+                    self.request.gather_from(&self.memory, from, &mut buf[from..to])?;
+                }
                 ("write", device.write(*offset, PlainBuf(buf), *len, fua).await)
             }
             Kind::Flush => ("flush", device.flush().await),
