@@ -165,7 +165,7 @@ impl Incoming {
 
     /// Waits until nobody else uses it: operations that were given up let go of it some turns later.
     pub(super) async fn alone(&self) {
-        while self.stream().is_shared() {
+        while self.last.is_some() && self.stream().is_shared() {
             yield_now().await;
         }
     }
