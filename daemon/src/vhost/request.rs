@@ -297,7 +297,7 @@ fn judge(memory: &GuestMemory, chain: &Chain, rules: &Rules) -> Result<Result<Ki
 impl Rules {
     /// Data of one request: whole sectors, some, not too many, inside the device.
     fn range(&self, sector: u64, len: u64) -> Result<(u64, u32), Status> {
-        if len == 0 || len > VHOST_REQUEST_BYTES_MAX || len % SECTOR != 0 {
+        if len == 0 || len > VHOST_REQUEST_BYTES_MAX || !len.is_multiple_of(SECTOR) {
             return Err(IOERR);
         }
         let offset = self.offset(sector, len / SECTOR)?;
@@ -326,7 +326,7 @@ fn ranges(
     flags_allowed: u32,
 ) -> Result<Result<Ranges, Status>, Fault> {
     let count = payload / RANGE_BYTES as u64;
-    let in_shape = payload % RANGE_BYTES as u64 == 0 && (1..=u64::from(max.ranges)).contains(&count);
+    let in_shape = payload.is_multiple_of(RANGE_BYTES as u64) && (1..=u64::from(max.ranges)).contains(&count);
     if rules.read_only || !in_shape || payload > VHOST_REQUEST_BYTES_MAX {
         return Ok(Err(IOERR));
     }
