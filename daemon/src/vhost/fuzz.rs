@@ -36,10 +36,10 @@ const MAX: RangesMax = RangesMax {
 /// Requests of one input.
 const ROUNDS: usize = 64;
 
-/// See the module's text.
-pub(crate) fn walk(input: &[u8]) {
+/// See the module's text. Gives how many requests were answered.
+pub(crate) fn walk(input: &[u8]) -> usize {
     let Some(([size, flags, c0, c1, b0, b1, status, _], image)) = input.split_first_chunk() else {
-        return;
+        return 0;
     };
     let set = |flag| flags & flag != 0;
     let guest = Guest::new(&REGIONS);
@@ -71,6 +71,8 @@ pub(crate) fn walk(input: &[u8]) {
         ..QUEUE
     };
     let ring = Ring::new(model.size, addresses, base, set(EVENT_IDX), &guest.memory);
+    let begun = model.u16(QUEUE.used + 2);
+    let mut answered = 0;
     if let Ok(mut ring) = ring {
         run(
             &guest,
@@ -81,11 +83,13 @@ pub(crate) fn walk(input: &[u8]) {
             *status,
             set(EVENT_IDX),
         );
+        answered = ring.used_index().wrapping_sub(begun);
     }
     model.compare(&guest);
     let bits = Mapping::new(&log_fd, 0, 2).expect("it was mapped before");
     let logged = bits.load_u16(0).map(u16::from_le);
     assert_eq!(logged, Ok(if log.is_some() { model.pages } else { 0 }), "the log");
+    answered.into()
 }
 
 fn run(
@@ -325,7 +329,8 @@ impl Model {
         let capacity = u128::from(rules.capacity_sectors);
         let payload = &readable[16..];
         let data = |len: u128| {
-            let good = len > 0 && len <= 32 << 20 && len.is_multiple_of(512) && sector * 512 + len <= capacity * 512;
+            let good =
+                len > 0 && len <= 32 << 20 && len.is_multiple_of(512) && sector * 512 + len <= capacity * 512;
             if good {
                 Ok((sector as u64 * 512, len as u32))
             } else {
@@ -335,7 +340,11 @@ impl Model {
         let ranges = |max: Option<RangesMax>, flags_allowed: u64| {
             let max = max.ok_or(2)?;
             let count = payload.len() / 16;
-            if rules.read_only || !payload.len().is_multiple_of(16) || count == 0 || count > max.ranges as usize {
+            if rules.read_only
+                || !payload.len().is_multiple_of(16)
+                || count == 0
+                || count > max.ranges as usize
+            {
                 return Err(1);
             }
             let mut ranges = Vec::new();
@@ -368,6 +377,32 @@ impl Model {
             }),
             13 => ranges(rules.write_zeroes, 1).map(|ranges| Kind::WriteZeroes { ranges }),
             _ => Err(2),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::walk;
+
+    #[test]
+    fn the_seeds_hold_requests_that_are_answered() {
+        for (seed, answered) in [
+            ("direct", 4),
+            ("indirect", 4),
+            ("direct-ranges", 2),
+            ("indirect-ranges", 2),
+            ("cut-up", 3),
+            ("refused", 4),
+            ("wrong", 1),
+            ("read-only", 3),
+        ] {
+            let path = format!(
+                "{}/../tests/fuzz/seeds/virtqueue/{seed}",
+                env!("CARGO_MANIFEST_DIR")
+            );
+            let input = std::fs::read(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
+            assert_eq!(walk(&input), answered, "{seed}");
         }
     }
 }
