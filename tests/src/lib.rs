@@ -9,6 +9,7 @@
 //! | [`nbdkit`] | nbdkit's plugins and filters as an oracle |
 //! | [`vhost`] | a vhost-user-blk front-end that may send anything, by the specifications alone |
 //! | [`disk`] | a vhost-user-blk device through the crate `blkio`, a client that is not ours |
+//! | [`neighbour`] | a device that a test attacks, and a neighbour that must not notice |
 //! | [`tls`] | a daemon that serves over TLS, certificates of every kind, and a client under TLS |
 //! | [`load`] | what a daemon has open, holds in memory and carries |
 //! | [`raw`] | reads a raw store by docs/FORMAT.md alone, with another XTS |
@@ -27,6 +28,7 @@ pub mod guest;
 pub mod load;
 pub mod nbd;
 pub mod nbdkit;
+pub mod neighbour;
 pub mod raw;
 pub mod sim;
 pub mod tls;

@@ -308,6 +308,22 @@ impl FrontEnd {
         self.enable_queue(index, true)
     }
 
+    /// Starts a queue, which the back-end may refuse at any step; says whether it did.
+    pub fn start_queue_is_refused(&self, index: usize) -> bool {
+        let queue = &self.queues[index];
+        let state = |number: u16| vring_state(queue.index, u32::from(number));
+        let base = queue.used_index(&self.memory);
+        let number = u64::from(queue.index).to_le_bytes();
+        let (kick, call) = (queue.kick_descriptor(), queue.call_descriptor());
+        let wire = &self.wire;
+        wire.refuses(SET_VRING_NUM, &state(queue.size), &[])
+            || wire.refuses(SET_VRING_BASE, &state(base), &[])
+            || wire.refuses(SET_VRING_ADDR, &self.vring_addresses(index), &[])
+            || wire.refuses(SET_VRING_KICK, &number, &[kick.as_fd()])
+            || wire.refuses(SET_VRING_CALL, &number, &[call.as_fd()])
+            || wire.refuses(SET_VRING_ENABLE, &state(1), &[])
+    }
+
     /// All that [`Self::start_queue`] says before the descriptors.
     ///
     /// # Errors
