@@ -491,7 +491,7 @@ fn discard_segments_out_of_range() {
 fn indexes_that_jump() {
     let street = Street::new();
     for jump in [65, 66, 1024, 32767, 32768, 65535] {
-        let mut fe = street.front_end();
+        let fe = street.front_end();
         let queue = &fe.queues[0];
         queue.set_available_index(&fe.memory, queue.used_index(&fe.memory).wrapping_add(jump));
         queue.kick();
