@@ -76,7 +76,10 @@ fn remove_device(guest: &mut Guest, device: &str) {
 /// An option of attach's `-device`.
 fn of_device(attached: &Value, key: &str) -> String {
     let arguments = texts(&attached["qemu_args"]);
-    let device = arguments.iter().position(|word| *word == "-device").expect("a device");
+    let device = arguments
+        .iter()
+        .position(|word| *word == "-device")
+        .expect("a device");
     let mut options = arguments[device + 1].split(',');
     let value = options.find_map(|option| option.strip_prefix(key));
     value.expect(key).to_owned()
@@ -433,7 +436,9 @@ fn only_once(attached: &Value) -> Value {
     texts(&attached["qemu_args"])
         .iter()
         .map(|argument| {
-            let options = argument.split(',').filter(|option| !option.starts_with("reconnect"));
+            let options = argument
+                .split(',')
+                .filter(|option| !option.starts_with("reconnect"));
             options.collect::<Vec<_>>().join(",")
         })
         .collect()

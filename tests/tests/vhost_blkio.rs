@@ -173,7 +173,10 @@ fn a_discard_gives_room_back_and_reads_as_zeros() {
         (allocated() + 16 * MIB <= before).then_some(())
     });
     for i in 0..16 {
-        assert!(disk.read(i * MIB, 1 << 20) == vec![0; 1 << 20], "MiB {i} is zeros");
+        assert!(
+            disk.read(i * MIB, 1 << 20) == vec![0; 1 << 20],
+            "MiB {i} is zeros"
+        );
     }
     for i in 16..32 {
         assert!(disk.read(i * MIB, 1 << 20) == bytes(i, 1 << 20), "MiB {i} stays");
@@ -191,9 +194,8 @@ fn write_zeroes_makes_zeros_to_the_sector_with_and_without_unmap() {
             for i in 0..11 {
                 disk.write(i * MIB, &bytes(i + 100, 1 << 20));
             }
-            let whole = |disk: &mut Disk| -> Vec<u8> {
-                (0..11).flat_map(|i| disk.read(i * MIB, 1 << 20)).collect()
-            };
+            let whole =
+                |disk: &mut Disk| -> Vec<u8> { (0..11).flat_map(|i| disk.read(i * MIB, 1 << 20)).collect() };
             let mut expected = whole(&mut disk);
             let most = disk.property("max-write-zeroes-len").max(512);
             let mut done = 0;

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rand::RngExt;
 use vold_tests::content::{bytes, seeded};
 use vold_tests::neighbour::{Street, own};
-use vold_tests::vhost::*;
 use vold_tests::scale;
+use vold_tests::vhost::*;
 
 /// What a chain came to: its status, or `None` when the device hung up.
 type Fate = Option<u8>;
@@ -53,11 +53,16 @@ fn read_header(front_end: &FrontEnd) -> (u64, u64, u64) {
 #[test]
 fn chains_that_loop() {
     let street = Street::new();
-    attack(&street, "a descriptor that is its own next", ends_or_fails, |fe| {
-        let (header, status, _) = read_header(fe);
-        fe.queues[0].write_descriptor(&fe.memory, 5, header, 16, NEXT, 5);
-        (vec![5], status)
-    });
+    attack(
+        &street,
+        "a descriptor that is its own next",
+        ends_or_fails,
+        |fe| {
+            let (header, status, _) = read_header(fe);
+            fe.queues[0].write_descriptor(&fe.memory, 5, header, 16, NEXT, 5);
+            (vec![5], status)
+        },
+    );
     attack(&street, "two that follow each other", ends_or_fails, |fe| {
         let (header, status, data) = read_header(fe);
         fe.queues[0].write_descriptor(&fe.memory, 5, header, 16, NEXT, 6);
@@ -107,16 +112,21 @@ fn chains_that_point_outside_of_the_regions() {
             });
         }
     }
-    attack(&street, "data that begins inside and ends outside", ends_or_fails, |fe| {
-        let (header, status, _) = read_header(fe);
-        let data = fe.memory.end() - 256;
-        let parts = [
-            Part::readable(header, 16),
-            Part::writable(data, 512),
-            Part::writable(status, 1),
-        ];
-        (fe.queues[0].chain(&fe.memory, &parts), status)
-    });
+    attack(
+        &street,
+        "data that begins inside and ends outside",
+        ends_or_fails,
+        |fe| {
+            let (header, status, _) = read_header(fe);
+            let data = fe.memory.end() - 256;
+            let parts = [
+                Part::readable(header, 16),
+                Part::writable(data, 512),
+                Part::writable(status, 1),
+            ];
+            (fe.queues[0].chain(&fe.memory, &parts), status)
+        },
+    );
     attack(&street, "an indirect table outside", ends_or_fails, |fe| {
         let (_, status, _) = read_header(fe);
         fe.queues[0].write_descriptor(&fe.memory, 9, GUEST - 4096, 48, INDIRECT, 0);
@@ -196,7 +206,10 @@ fn odd_layouts_are_served() {
     let spread = fe.memory.read(data, 1024);
     let read: Vec<u8> = spread.iter().step_by(2).copied().collect();
     assert!(read == own()[4096..4096 + 512], "data in parts of a byte");
-    assert!(spread.iter().skip(1).step_by(2).all(|byte| *byte == 0), "nothing between them");
+    assert!(
+        spread.iter().skip(1).step_by(2).all(|byte| *byte == 0),
+        "nothing between them"
+    );
     // The same without a table.
     fe.write_header(header, T_IN, 9);
     let chain = fe.queues[0].chain(&fe.memory, &parts);
@@ -270,7 +283,10 @@ fn chains_without_a_header_or_a_status() {
             attack(&street, &format!("{case}, kind {kind}"), ends_or_fails, |fe| {
                 let (header, status, data) = places(fe);
                 fe.write_header(header, kind, 0);
-                (fe.queues[0].chain(&fe.memory, &parts(header, status, data)), status)
+                (
+                    fe.queues[0].chain(&fe.memory, &parts(header, status, data)),
+                    status,
+                )
             });
         }
     }
@@ -351,14 +367,19 @@ fn lengths_of_zero_and_of_4_gib() {
         };
         // Nothing between header and status; then nothing in a part of its own.
         for lens in [vec![], vec![0], vec![0, 0, 0]] {
-            attack(&street, &format!("kind {kind}, data of {lens:?}"), |_| true, |fe| {
-                let (header, status, data) = places(fe);
-                fe.write_header(header, kind, 0);
-                let mut parts = vec![Part::readable(header, 16)];
-                parts.extend(lens.iter().map(|len| data_part(data, *len)));
-                parts.push(Part::writable(status, 1));
-                (fe.queues[0].chain(&fe.memory, &parts), status)
-            });
+            attack(
+                &street,
+                &format!("kind {kind}, data of {lens:?}"),
+                |_| true,
+                |fe| {
+                    let (header, status, data) = places(fe);
+                    fe.write_header(header, kind, 0);
+                    let mut parts = vec![Part::readable(header, 16)];
+                    parts.extend(lens.iter().map(|len| data_part(data, *len)));
+                    parts.push(Part::writable(status, 1));
+                    (fe.queues[0].chain(&fe.memory, &parts), status)
+                },
+            );
         }
         for lens in [
             vec![u32::MAX],
@@ -367,14 +388,19 @@ fn lengths_of_zero_and_of_4_gib() {
             vec![u32::MAX - 511; 40],
             vec![1 << 31, 1 << 31],
         ] {
-            attack(&street, &format!("kind {kind}, data of {lens:?}"), ends_or_fails, |fe| {
-                let (header, status, data) = places(fe);
-                fe.write_header(header, kind, 0);
-                let mut parts = vec![Part::readable(header, 16)];
-                parts.extend(lens.iter().map(|len| data_part(data, *len)));
-                parts.push(Part::writable(status, 1));
-                (fe.queues[0].chain(&fe.memory, &parts), status)
-            });
+            attack(
+                &street,
+                &format!("kind {kind}, data of {lens:?}"),
+                ends_or_fails,
+                |fe| {
+                    let (header, status, data) = places(fe);
+                    fe.write_header(header, kind, 0);
+                    let mut parts = vec![Part::readable(header, 16)];
+                    parts.extend(lens.iter().map(|len| data_part(data, *len)));
+                    parts.push(Part::writable(status, 1));
+                    (fe.queues[0].chain(&fe.memory, &parts), status)
+                },
+            );
         }
     }
     street.is_unharmed();
@@ -383,17 +409,28 @@ fn lengths_of_zero_and_of_4_gib() {
 #[test]
 fn addresses_and_lengths_whose_sums_wrap() {
     let street = Street::new();
-    for at in [u64::MAX, u64::MAX - 511, u64::MAX - 4096, 1 << 63, (1 << 63) - 512] {
+    for at in [
+        u64::MAX,
+        u64::MAX - 511,
+        u64::MAX - 4096,
+        1 << 63,
+        (1 << 63) - 512,
+    ] {
         for len in [512, 8192, u32::MAX] {
-            attack(&street, &format!("data of {len} at {at:#x}"), ends_or_fails, |fe| {
-                let (header, status, _) = read_header(fe);
-                let parts = [
-                    Part::readable(header, 16),
-                    Part::writable(at, len),
-                    Part::writable(status, 1),
-                ];
-                (fe.queues[0].chain(&fe.memory, &parts), status)
-            });
+            attack(
+                &street,
+                &format!("data of {len} at {at:#x}"),
+                ends_or_fails,
+                |fe| {
+                    let (header, status, _) = read_header(fe);
+                    let parts = [
+                        Part::readable(header, 16),
+                        Part::writable(at, len),
+                        Part::writable(status, 1),
+                    ];
+                    (fe.queues[0].chain(&fe.memory, &parts), status)
+                },
+            );
         }
     }
     street.is_unharmed();
@@ -426,10 +463,34 @@ fn sectors_past_the_capacity_or_wrapping() {
     // No whole number of sectors.
     for len in [1, 511, 513, 4095] {
         assert_eq!(fe.call(T_IN, 0, &[], len).status, S_IOERR, "read of {len}");
-        assert_eq!(fe.call(T_OUT, 0, &vec![0xbb; len], 0).status, S_IOERR, "write of {len}");
+        assert_eq!(
+            fe.call(T_OUT, 0, &vec![0xbb; len], 0).status,
+            S_IOERR,
+            "write of {len}"
+        );
     }
     // Kinds that there are not, and those of other devices.
-    for kind in [2, 3, 5, 6, 7, 9, 10, 12, 14, 15, 16, 17, 18, 20, 22, 24, 26, 1 << 31, u32::MAX] {
+    for kind in [
+        2,
+        3,
+        5,
+        6,
+        7,
+        9,
+        10,
+        12,
+        14,
+        15,
+        16,
+        17,
+        18,
+        20,
+        22,
+        24,
+        26,
+        1 << 31,
+        u32::MAX,
+    ] {
         let status = fe.call(kind, 0, &[], 512).status;
         assert!(status == S_UNSUPP || status == S_IOERR, "kind {kind}: {status}");
     }
@@ -471,7 +532,10 @@ fn discard_segments_out_of_range() {
         // No whole segments, none at all, thousands.
         for len in [0, 1, 15, 17, 31] {
             let status = fe.call(kind, 0, &vec![0; len], 0).status;
-            assert!(status == S_IOERR || status == S_UNSUPP, "{len} bytes of segments: {status}");
+            assert!(
+                status == S_IOERR || status == S_UNSUPP,
+                "{len} bytes of segments: {status}"
+            );
         }
         let thousands = segment(0, 1, 0).repeat(8192);
         let status = fe.call(kind, 0, &thousands, 0).status;
@@ -564,7 +628,10 @@ fn descriptors_changed_during_the_request() {
                     1 => (table + 16 * index, GUEST + rng.random_range(0..1 << 20)),
                     2 => (table + 16 * index + 8, rng.random()),
                     3 => (slots[index as usize], rng.random_range(0..16)),
-                    4 => (slots[index as usize] + 8, rng.random_range(0..capacity * 2 / SECTOR)),
+                    4 => (
+                        slots[index as usize] + 8,
+                        rng.random_range(0..capacity * 2 / SECTOR),
+                    ),
                     _ => (slots[index as usize] + 8, rng.random()),
                 };
                 // In rounds of one sort only flags and next change, so that devices live longer.

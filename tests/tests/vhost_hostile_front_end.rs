@@ -73,7 +73,24 @@ fn strange_descriptors(street: &Street) -> Vec<(&'static str, OwnedFd)> {
 #[test]
 fn unknown_messages() {
     let street = Street::new();
-    for request in [0, 4, 7, 19, 20, 22, 23, 26, 28, 33, 35, 41, 44, 99, 1000, u32::MAX] {
+    for request in [
+        0,
+        4,
+        7,
+        19,
+        20,
+        22,
+        23,
+        26,
+        28,
+        33,
+        35,
+        41,
+        44,
+        99,
+        1000,
+        u32::MAX,
+    ] {
         let front_end = greeted(&street);
         // (4 and 7 are requests that nobody sends any more, and may be taken.)
         let refused = front_end.wire.refuses(request, &[0; 8], &[]);
@@ -192,11 +209,12 @@ fn wrong_counts_of_descriptors() {
                 continue;
             }
             let front_end = greeted(&street);
-            let refused = front_end
-                .wire
-                .refuses(request, payload, &vec![descriptor; count]);
+            let refused = front_end.wire.refuses(request, payload, &vec![descriptor; count]);
             // (A region that is to go need not be proved by a descriptor, nor refused for one.)
-            assert!(refused, "request {request} with {count} descriptors in place of {right}");
+            assert!(
+                refused,
+                "request {request} with {count} descriptors in place of {right}"
+            );
             drop(front_end);
         }
         street.goes_on();
@@ -252,11 +270,7 @@ fn memory_that_is_none() {
     sealed.set_len(64 << 10).unwrap();
     fcntl_add_seals(&sealed, SealFlags::WRITE).unwrap();
     let front_end = greeted(&street);
-    assert!(
-        front_end
-            .wire
-            .refuses(SET_MEM_TABLE, &table, &[sealed.as_fd()])
-    );
+    assert!(front_end.wire.refuses(SET_MEM_TABLE, &table, &[sealed.as_fd()]));
     drop(front_end);
     Load::back_to(before, &street.vold);
     street.is_unharmed();
@@ -284,11 +298,23 @@ fn regions_that_make_no_sense() {
         ("of half of them", vec![with(|r| r.len = 1 << 63)]),
         ("beyond the file", vec![with(|r| r.offset = MIB)]),
         ("half beyond the file", vec![with(|r| r.offset = MIB / 2)]),
-        ("at an offset that wraps", vec![with(|r| r.offset = u64::MAX - 4095)]),
-        ("at an address that wraps", vec![with(|r| r.guest = u64::MAX - 4095)]),
-        ("at a user address that wraps", vec![with(|r| r.user = u64::MAX - 4095)]),
+        (
+            "at an offset that wraps",
+            vec![with(|r| r.offset = u64::MAX - 4095)],
+        ),
+        (
+            "at an address that wraps",
+            vec![with(|r| r.guest = u64::MAX - 4095)],
+        ),
+        (
+            "at a user address that wraps",
+            vec![with(|r| r.user = u64::MAX - 4095)],
+        ),
         ("the same twice", vec![whole, whole]),
-        ("overlapping by a page", vec![whole, with(|r| r.guest += MIB - 4096)]),
+        (
+            "overlapping by a page",
+            vec![whole, with(|r| r.guest += MIB - 4096)],
+        ),
         (
             "overlapping for the user",
             vec![whole, with(|r| r.guest += 64 * MIB)],
@@ -369,9 +395,7 @@ fn kick_and_call_descriptors_that_are_no_eventfds() {
             front_end.share_memory().unwrap();
             front_end.prepare_queue(0, 0).unwrap();
             assert!(
-                front_end
-                    .wire
-                    .refuses(request, &index, &[descriptor.as_fd()]),
+                front_end.wire.refuses(request, &index, &[descriptor.as_fd()]),
                 "request {request} with {case}"
             );
             drop(front_end);
@@ -561,9 +585,7 @@ fn rings_that_make_no_sense() {
         let front_end = greeted(&street);
         front_end.share_memory().unwrap();
         assert!(
-            front_end
-                .wire
-                .refuses(SET_VRING_NUM, &vring_state(0, size), &[]),
+            front_end.wire.refuses(SET_VRING_NUM, &vring_state(0, size), &[]),
             "a queue of {size}"
         );
         drop(front_end);
@@ -577,7 +599,10 @@ fn rings_that_make_no_sense() {
     ] {
         let front_end = greeted(&street);
         front_end.share_memory().unwrap();
-        assert!(front_end.wire.refuses(request, &payload, &[]), "request {request}");
+        assert!(
+            front_end.wire.refuses(request, &payload, &[]),
+            "request {request}"
+        );
         drop(front_end);
     }
     let front_end = greeted(&street);
@@ -858,7 +883,10 @@ fn a_second_front_end_beside_the_first() {
     let street = Street::new();
     let mut fe = street.front_end();
     for _ in 0..scale(20, 500) {
-        assert!(greet(street.socket(), &Shape::default()).is_err(), "one at a time");
+        assert!(
+            greet(street.socket(), &Shape::default()).is_err(),
+            "one at a time"
+        );
         assert!(fe.read(0, 4096).unwrap() == own()[..4096]);
     }
     drop(fe);

@@ -58,7 +58,10 @@ impl Drop for Qemu {
 #[test]
 fn the_front_end_is_served_by_qemus_back_end() {
     let qemu = Qemu::start();
-    for features in [Shape::default().features, Shape::default().features & !F_EVENT_IDX] {
+    for features in [
+        Shape::default().features,
+        Shape::default().features & !F_EVENT_IDX,
+    ] {
         let shape = Shape {
             queues: 2,
             features,
@@ -102,7 +105,10 @@ fn the_front_end_is_served_by_qemus_back_end() {
         let chain = fe.queues[0].indirect_chain(&fe.memory, at + 8192, &parts);
         assert_eq!(fe.judge(chain, at + 64), Some(S_OK));
         assert!(fe.memory.read(at + 4096, 4096) == bytes(1, 8192)[..4096]);
-        assert_eq!(fe.stop_queue(0).unwrap() as u16, fe.queues[0].used_index(&fe.memory));
+        assert_eq!(
+            fe.stop_queue(0).unwrap() as u16,
+            fe.queues[0].used_index(&fe.memory)
+        );
     }
 }
 

@@ -75,7 +75,10 @@ impl Load {
     }
 
     fn judge(&mut self, queue: usize, done: Done) {
-        let (block, written) = self.running.remove(&(queue, done.head)).expect("a request in flight");
+        let (block, written) = self
+            .running
+            .remove(&(queue, done.head))
+            .expect("a request in flight");
         assert_eq!(done.status, S_OK, "block {block}: the driver sees no error");
         match written {
             Some(seed) => self.blocks[block as usize] = Some(seed),
@@ -242,7 +245,10 @@ fn the_next_front_end_is_served_after_the_requests_of_the_last_have_ended() {
         let new = bytes(round * 100 + 99, len);
         second.write(0, &new).unwrap();
         for _ in 0..5 {
-            assert!(second.read(0, len).unwrap() == new, "a late write of a lost connection");
+            assert!(
+                second.read(0, len).unwrap() == new,
+                "a late write of a lost connection"
+            );
         }
         drop(second);
         let mut third = FrontEnd::connect(&socket);
@@ -295,9 +301,10 @@ fn a_detach_ends_the_device_and_no_later_request_changes_anything() {
     };
     let first = seen(&uri);
     for (block, data) in first.iter().enumerate() {
-        let writing = load.running.values().find_map(|(running, seed)| {
-            (*running == block as u64).then_some(*seed).flatten()
-        });
+        let writing = load
+            .running
+            .values()
+            .find_map(|(running, seed)| (*running == block as u64).then_some(*seed).flatten());
         let is_old = *data == load.content(block as u64);
         let is_new = writing.is_some_and(|seed| *data == bytes(seed, BLOCK));
         assert!(is_old || is_new, "block {block}");

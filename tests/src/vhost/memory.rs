@@ -92,7 +92,11 @@ impl Memory {
         let mut filled = 0;
         while filled < len {
             let offset = at - self.region.guest + filled as u64;
-            match self.file.read_at(&mut bytes[filled..], offset).expect("guest memory") {
+            match self
+                .file
+                .read_at(&mut bytes[filled..], offset)
+                .expect("guest memory")
+            {
                 0 => break,
                 read => filled += read,
             }

@@ -435,7 +435,8 @@ impl FrontEnd {
         chain.push(Part::writable(status, 1));
         self.write_header(header, kind, sector);
         self.memory.write(data, out);
-        self.memory.write(data + out.len() as u64, &vec![UNANSWERED; read]);
+        self.memory
+            .write(data + out.len() as u64, &vec![UNANSWERED; read]);
         self.memory.write(status, &[UNANSWERED]);
         let descriptors = self.queues[queue].chain(&self.memory, &chain);
         let head = descriptors[0];
@@ -533,7 +534,11 @@ impl FrontEnd {
     /// The request's status.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), u8> {
         let done = self.call(T_OUT, offset / SECTOR, data, 0);
-        if done.status == S_OK { Ok(()) } else { Err(done.status) }
+        if done.status == S_OK {
+            Ok(())
+        } else {
+            Err(done.status)
+        }
     }
 
     /// A request that lies in the descriptor table already, by its head: the driver's own part of it is the status at

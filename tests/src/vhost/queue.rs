@@ -275,7 +275,10 @@ impl Queue {
             }
             // Asks for a call with the next one, and looks once more, before it sleeps.
             if self.event_idx {
-                memory.write(self.available + 4 + 2 * u64::from(self.size), &self.seen.to_le_bytes());
+                memory.write(
+                    self.available + 4 + 2 * u64::from(self.size),
+                    &self.seen.to_le_bytes(),
+                );
                 fence(Ordering::SeqCst);
                 if let Some(used) = self.take_used(memory) {
                     return Some(used);

@@ -202,12 +202,7 @@ impl Wire {
     ///
     /// # Errors
     /// The socket's.
-    pub fn ask(
-        &self,
-        request: u32,
-        payload: &[u8],
-        descriptors: &[BorrowedFd<'_>],
-    ) -> io::Result<Message> {
+    pub fn ask(&self, request: u32, payload: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<Message> {
         self.send(request, payload, descriptors)?;
         self.reply_to(request)
     }
