@@ -7,12 +7,16 @@ mod check;
 mod clear_fault;
 mod config;
 mod data_dir;
+mod depth;
+mod device;
 mod nbd;
 mod operations;
 mod process;
 mod rebuild;
+mod seldom;
 mod serve;
 mod shard;
+mod vhost;
 
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzz;

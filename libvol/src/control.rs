@@ -107,7 +107,7 @@ pub struct Status {
     pub attachments: usize,
     /// Volumes being destroyed.
     pub destroying: usize,
-    /// NBD connections that serve requests.
+    /// NBD connections that serve requests, and vhost-user front-ends.
     pub connections: usize,
     /// NBD connections in their handshake.
     pub handshakes: usize,
@@ -389,7 +389,11 @@ pub struct Attachment {
     pub socket: String,
     /// Arguments that give it to QEMU.
     pub qemu_args: Vec<String>,
-    /// The same over TLS, where the daemon listens.
+    /// vhost-user: arguments that QEMU needs besides, once a machine: memory that others can map. `SIZE` in them stands for the
+    /// machine's memory, as `-m` has it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub qemu_memory_args: Vec<String>,
+    /// NBD: the same over TLS, where the daemon listens.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub over_tls: Vec<TlsAccess>,
     /// Live connections.

@@ -75,6 +75,24 @@ pub const NBD_CONNECTIONS_MAX: usize = 4096;
 /// A client that has not finished its handshake by then is dropped.
 pub const NBD_HANDSHAKE_SECONDS: u64 = 10;
 
+/// Data of one vhost-user request: 32 MiB, as over NBD. What is announced (SEG_MAX, SIZE_MAX) keeps guests far below it.
+pub const VHOST_REQUEST_BYTES_MAX: u64 = 32 << 20;
+/// Entries of one virtqueue, and of one indirect table.
+pub const VHOST_QUEUE_SIZE_MAX: u16 = 1024;
+/// Requests in flight of one vhost-user front-end, over all its queues: a queue of the largest size. The largest chain is
+/// remembered in 16 KiB, so 16 MiB.
+pub const VHOST_REQUESTS_IN_FLIGHT: usize = VHOST_QUEUE_SIZE_MAX as usize;
+/// Virtqueues of one device.
+pub const VHOST_QUEUES_MAX: u16 = 128;
+/// Memory regions of one guest: its memory below and above the hole, and what is plugged later.
+pub const VHOST_REGIONS_MAX: usize = 64;
+/// Memory of one guest that is mapped: 2 TiB. A process has 128 TiB of addresses.
+pub const VHOST_MEMORY_BYTES_MAX: u64 = 2 << 40;
+/// A log of written pages: a bit for 4 KiB, so 128 MiB are guest addresses up to 4 TiB, holes included.
+pub const VHOST_LOG_BYTES_MAX: u64 = 128 << 20;
+/// Mappings of all front-ends' memory in one process: as many as Linux allows a process by itself (vm.max_map_count).
+pub const VHOST_MAPPINGS_MAX: usize = 65_536;
+
 /// Body of one API request.
 pub const API_BODY_BYTES_MAX: usize = 64 << 10;
 /// Customers, VMs per customer, volumes per customer, attachments per VM.

@@ -48,7 +48,7 @@ pub(crate) struct DetachArgs {
 enum Via {
     /// NBD over a Unix socket
     Nbd,
-    /// vhost-user-blk; not in this version
+    /// vhost-user-blk: a device whose rings are in the guest's memory
     VhostUser,
 }
 
@@ -145,6 +145,9 @@ impl Human for Attachment {
             ("Socket", Some(self.socket.clone())),
             ("QEMU", Some(quoted_all(&self.qemu_args))),
         ];
+        if !self.qemu_memory_args.is_empty() {
+            shown.push(("QEMU memory", Some(quoted_all(&self.qemu_memory_args))));
+        }
         for access in &self.over_tls {
             shown.push(("Over TLS", Some(access.uri.clone())));
             shown.push(("QEMU over TLS", Some(quoted_all(&access.qemu_args))));
@@ -174,6 +177,7 @@ mod tests {
                 "-device".into(),
                 "virtio-blk-pci,drive=a".into(),
             ],
+            qemu_memory_args: Vec::new(),
             over_tls: Vec::new(),
             connections: 0,
         }
@@ -188,6 +192,21 @@ mod tests {
         );
         let qemu = r#"QEMU        -blockdev '{"driver":"nbd"}' -device virtio-blk-pci,drive=a"#;
         assert!(text.ends_with(qemu), "{text}");
+    }
+
+    #[test]
+    fn a_vhost_user_attachment_shows_its_socket_and_what_the_machine_needs_besides() {
+        let shown = Attachment {
+            protocol: Protocol::VhostUser,
+            uri: None,
+            qemu_memory_args: vec!["-object".into(), "memory-backend-memfd,share=on".into()],
+            ..attachment()
+        };
+        let text = shown.human();
+        assert!(text.contains("Protocol     vhost-user\n"), "{text}");
+        assert!(!text.contains("URI"), "{text}");
+        let memory = "QEMU memory  -object memory-backend-memfd,share=on";
+        assert!(text.ends_with(memory), "{text}");
     }
 
     #[test]

@@ -65,7 +65,7 @@ impl Human for Status {
                 )),
             ),
             (
-                "NBD",
+                "Clients",
                 Some(format!(
                     "{} connections, {} in their handshake; {} tasks",
                     self.connections, self.handshakes, self.tasks
@@ -116,7 +116,7 @@ I/O engine  io_uring, 2 shards
 Customers   2
 VMs         3
 Volumes     4, 1 attached, 0 being destroyed
-NBD         5 connections, 0 in their handshake; 21 tasks";
+Clients     5 connections, 0 in their handshake; 21 tasks";
         assert_eq!(status().human(), expected);
     }
 

@@ -328,8 +328,8 @@ async fn every_refusal_is_json_with_a_code_and_one_line() {
             "POST",
             "/v1/attachments",
             "{\"volume\":\"acme/web\",\"vm\":\"v\",\"via\":\"vhost-user\"}",
-            501,
-            "unsupported",
+            404,
+            "not_found",
         ),
         (
             "POST",

@@ -12,7 +12,6 @@ use libvol::ids::VolumeId;
 use libvol::limits::{BLOCK_SIZE, NBD_OPTION_BYTES_MAX, NBD_OPTIONS_MAX, NBD_PAYLOAD_MAX};
 use libvol::runtime::SendPart;
 
-use super::device::Device;
 use super::inbox::Inbox;
 use super::proto::option::{
     ClientFlags, ClientOption, ContextQuery, ExportFlags, ExportQuery, HEADER_BYTES, OptionCode, OptionError,
@@ -21,6 +20,7 @@ use super::proto::option::{
 use super::proto::{Contexts, Framing};
 use super::session::Seat;
 use super::{Export, Exports, Lookup};
+use crate::device::Device;
 
 /// The longest option with its header, and as much again for whatever follows.
 pub(super) const INBOX_BYTES: usize = 2 * (NBD_OPTION_BYTES_MAX as usize);

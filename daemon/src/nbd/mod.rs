@@ -9,7 +9,6 @@
 //! | [`window`] | how much one connection may have in flight |
 //! | [`transmission`] | serves one connection's requests |
 //! | [`session`] | all connections of one attachment: counting, cutting, draining |
-//! | [`device`] | what transmission needs of a volume |
 //!
 //! A connection over a Unix socket stays where it came in ([`serve`]). One over TCP is received where there is no volume
 //! ([`receive`]), begins TLS before anything is told or done, and goes on ([`go_on`]) where the volume is that it asks for.
@@ -17,7 +16,6 @@
 //! This room knows requests and bytes. Who may see which export is decided by whoever implements [`Exports`]; it
 //! deliberately knows no stores, no customers and no credentials.
 
-mod device;
 mod handshake;
 mod inbox;
 mod link;
@@ -42,11 +40,12 @@ use libvol::runtime::{net::Stream, timeout};
 use libvol::volume::Volume;
 use rustls::{ServerConfig, ServerConnection};
 
-use device::Device;
 use handshake::{Encryption, End, Negotiation};
 use inbox::Inbox;
 use link::{Detached, Link};
 pub(crate) use session::Sessions;
+
+use crate::device::Device;
 
 /// Something a client can use. `D` is the volume, and stands open only for tests.
 pub(crate) struct Export<D = Rc<Volume>> {

@@ -31,7 +31,6 @@ use libvol::error::{Error, Kind, Result};
 use libvol::limits::{BLOCK_SIZE, NBD_PAYLOAD_MAX};
 use libvol::runtime::{net::Stream, spawn, timeout, yield_now};
 
-use super::device::Device;
 use super::handshake::Negotiated;
 use super::inbox::{Inbox, PATIENCE};
 use super::link::Link;
@@ -40,7 +39,9 @@ use super::proto::reply::BLOCK_STATUS_RUNS_MAX;
 use super::proto::request::{Cookie, Header, Refusal, Request, Rules, STATUS_PAYLOAD_MAX, header_bytes};
 use super::proto::{Contexts, Framing, WireError};
 use super::session::{Member, Seat};
-use super::window::{DepthPolicy, Window};
+use super::window::Window;
+use crate::depth::DepthPolicy;
+use crate::device::Device;
 
 /// Small requests are received this many bytes at a time: 64 writes of 4 KiB.
 const INBOX_BYTES: usize = 256 << 10;

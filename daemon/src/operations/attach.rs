@@ -24,8 +24,10 @@ use crate::data_dir::{check_own, make_dir};
 use crate::process::{own_uid, path_error};
 use crate::shard::{DoorSpec, Gate};
 
-/// Seconds QEMU holds a guest's requests while vold restarts.
+/// Seconds QEMU holds a guest's requests while vold restarts, over NBD.
 const QEMU_RECONNECT_SECONDS: u32 = 60;
+/// How often QEMU looks whether vold is back, over vhost-user. It holds a guest's requests for as long as it takes.
+const QEMU_RECONNECT_MS: u32 = 1000;
 
 impl Operations {
     /// Gives a volume to a VM; attaching again to the same VM gives the same attachment.
@@ -34,11 +36,6 @@ impl Operations {
     /// `NotFound`, `Refused` (a VM of another customer), `Busy` (another VM of the customer has it), `Unavailable`, `Io`.
     pub(crate) async fn attach(&self, request: control::Attach) -> Result<control::Attachment> {
         let path = &request.volume;
-        if request.via == Protocol::VhostUser {
-            return Err(Error::unsupported(
-                "vhost-user is not in this build of vold; attach with --via nbd",
-            ));
-        }
         let (_lock, volume) = self.lock_volume(path).await?;
         check_ready(&volume)?;
         let (vm, held) = self.look(|view| Ok((vm_named(view, &request.vm)?, holder(view, volume.id)?)))?;
@@ -69,13 +66,10 @@ impl Operations {
             (AttachVerdict::Same, Some((attachment, _))) => {
                 if attachment.read_only != request.read_only || attachment.protocol != request.via {
                     return Err(Error::busy(format!(
-                        "volume {path} is attached to VM {:?} {}; detach it first to change that",
+                        "volume {path} is attached to VM {:?} {}, and {} was asked for; detach it first to change that",
                         vm.name.as_str(),
-                        if attachment.read_only {
-                            "read-only"
-                        } else {
-                            "read-write"
-                        }
+                        manner(attachment.protocol, attachment.read_only),
+                        manner(request.via, request.read_only),
                     )));
                 }
                 self.serve(&volume, &attachment, &vm).await?;
@@ -161,6 +155,7 @@ impl Operations {
             },
             export: volume.path.to_string(),
             vm: vm.name.to_string(),
+            protocol: attachment.protocol,
             read_only: attachment.read_only,
             listener: bind(&socket, vm.uid)?,
             switchboard: self.shards.switchboard(),
@@ -258,11 +253,23 @@ impl Operations {
                 socket.display()
             ))
         })?;
+        let over_nbd = attachment.protocol == Protocol::Nbd;
+        let (qemu_args, qemu_memory_args) = match attachment.protocol {
+            Protocol::Nbd => (
+                qemu_args(&volume, attachment.id, socket, attachment.read_only),
+                Vec::new(),
+            ),
+            Protocol::VhostUser => (qemu_vhost_user_args(attachment.id, socket), qemu_memory_args()),
+        };
         Ok(control::Attachment {
             attachment_id: attachment.id,
-            uri: Some(uri(&volume, socket)),
-            qemu_args: qemu_args(&volume, attachment.id, socket, attachment.read_only),
-            over_tls: self.over_tls(&volume, &attachment),
+            uri: over_nbd.then(|| uri(&volume, socket)),
+            qemu_args,
+            qemu_memory_args,
+            over_tls: match over_nbd {
+                true => self.over_tls(&volume, &attachment),
+                false => Vec::new(),
+            },
             socket: socket.to_owned(),
             volume,
             vm: vm.name,
@@ -312,6 +319,16 @@ impl Operations {
             ))
         })
     }
+}
+
+/// How a volume is attached, for people.
+fn manner(protocol: Protocol, read_only: bool) -> String {
+    let protocol = match protocol {
+        Protocol::Nbd => "nbd",
+        Protocol::VhostUser => "vhost-user",
+    };
+    let access = if read_only { "read-only" } else { "read-write" };
+    format!("{access} via {protocol}")
 }
 
 /// A listening socket at `path`, 0600, owned by `uid`. One that an earlier run left is replaced: the data directory's
@@ -436,6 +453,29 @@ fn qemu_disk(volume: &VolumePath, id: AttachmentId, server: &str, read_only: boo
     ]
 }
 
+/// Arguments that give the volume to QEMU as a vhost-user device. It has as many queues as QEMU gives it, and is read-only when
+/// the volume is: the device says so.
+fn qemu_vhost_user_args(id: AttachmentId, socket: &str) -> Vec<String> {
+    let node = qemu_node(id);
+    let socket = socket.replace(',', ",,");
+    vec![
+        "-chardev".into(),
+        format!("socket,id={node}-socket,path={socket},reconnect-ms={QEMU_RECONNECT_MS}"),
+        "-device".into(),
+        format!("vhost-user-blk-pci,chardev={node}-socket,id={node}-disk"),
+    ]
+}
+
+/// What a machine needs once for all its vhost-user devices: memory that others can map. `SIZE` is what `-m` says.
+fn qemu_memory_args() -> Vec<String> {
+    vec![
+        "-object".into(),
+        "memory-backend-memfd,id=vold-memory,size=SIZE,share=on".into(),
+        "-machine".into(),
+        "memory-backend=vold-memory".into(),
+    ]
+}
+
 fn qemu_node(id: AttachmentId) -> String {
     format!("vold-{}", &id.0.simple().to_string()[..12])
 }
@@ -470,6 +510,18 @@ mod tests {
             args[5].contains(&format!("drive={},", node(&args[3]))),
             "{args:?}"
         );
+    }
+
+    #[test]
+    fn a_vhost_user_device_finds_its_socket_and_is_given_memory_that_others_can_map() {
+        let args = qemu_vhost_user_args(AttachmentId::random(), "/run/a,b.sock");
+        assert!(args[1].contains(",path=/run/a,,b.sock,reconnect-ms="), "{args:?}");
+        let chardev = args[1].split("id=").nth(1).unwrap().split(',').next().unwrap();
+        assert!(args[3].contains(&format!("chardev={chardev},")), "{args:?}");
+        let memory = qemu_memory_args();
+        assert!(memory[1].contains(",share=on"), "{memory:?}");
+        let id = memory[1].split("id=").nth(1).unwrap().split(',').next().unwrap();
+        assert_eq!(memory[3], format!("memory-backend={id}"));
     }
 
     #[test]

@@ -10,7 +10,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use libvol::ids::Epoch;
+use libvol::control::Protocol;
+use libvol::ids::{Epoch, VolumeId};
 use libvol::limits::NBD_CONNECTIONS_PER_ATTACHMENT;
 use libvol::runtime::net::{Listener, Stream};
 use libvol::runtime::{sleep, spawn};
@@ -19,7 +20,9 @@ use libvol::volume::Volume;
 use libvol::{Error, Kind, Result};
 
 use super::switchboard::{Guest, Switchboard};
-use crate::nbd::{self, Export, Exports, Lookup, Sessions};
+use crate::nbd::{self, Export, Exports, Lookup};
+use crate::seldom::Seldom;
+use crate::vhost;
 
 /// How long sessions that end gently may take to answer what they have begun.
 const GENTLE: Duration = Duration::from_secs(2);
@@ -35,7 +38,7 @@ const CLIENT_TEXT_CHARS: usize = 64;
 pub(crate) enum Manner {
     /// What has begun is answered, what comes then is answered with ESHUTDOWN: the volume is taken away.
     Gently,
-    /// The connections are cut. QEMU holds unanswered requests and sends them again once the daemon is back, where an
+    /// NBD connections are cut. QEMU holds unanswered requests and sends them again once the daemon is back, where an
     /// error would reach the guest: the daemon stops.
     AtOnce,
 }
@@ -48,6 +51,8 @@ pub(crate) struct DoorSpec {
     pub(crate) export: String,
     /// The VM's name.
     pub(crate) vm: String,
+    /// What is spoken over its socket.
+    pub(crate) protocol: Protocol,
     /// Whether writes are refused.
     pub(crate) read_only: bool,
     /// Bound, listening, owned by the VM's uid.
@@ -67,19 +72,36 @@ pub(crate) struct Door {
     closed: Cell<bool>,
     volume: Rc<Volume>,
     listener: Listener,
-    sessions: Rc<Sessions>,
+    sessions: Sessions,
     switchboard: Arc<Switchboard>,
     connected: Cell<u64>,
     turned_away: Seldom,
     not_shown: Seldom,
 }
 
+/// The sessions of those who were let in, by what they speak.
+enum Sessions {
+    Nbd(Rc<nbd::Sessions>),
+    VhostUser(Rc<vhost::Sessions>, Rc<Seldom>),
+}
+
 impl Door {
     /// Starts to accept connections.
     ///
     /// # Errors
-    /// When the socket cannot be used.
+    /// When the socket cannot be used, or this host cannot serve the protocol.
     pub(crate) fn open(spec: DoorSpec, volume: Rc<Volume>, current: Rc<Cell<Epoch>>) -> Result<Rc<Self>> {
+        let sessions = match spec.protocol {
+            Protocol::Nbd => Sessions::Nbd(nbd::Sessions::new()),
+            Protocol::VhostUser => {
+                vhost::check_thread().map_err(|e| {
+                    let message = "vhost-user needs the kernel's asynchronous I/O (io_setup), which is refused here; raise \
+                                   fs.aio-max-nr, allow it in the service's sandbox, or attach with --via nbd";
+                    Error::with_source(Kind::Unsupported, message, e)
+                })?;
+                Sessions::VhostUser(vhost::Sessions::new(), Rc::default())
+            }
+        };
         let listener = Listener::unix(spec.listener)
             .map_err(|e| Error::with_source(Kind::Io, "an attachment's socket cannot be used", e))?;
         let door = Rc::new(Self {
@@ -91,37 +113,61 @@ impl Door {
             closed: Cell::new(false),
             volume,
             listener,
-            sessions: Sessions::new(),
+            sessions,
             switchboard: spec.switchboard,
             connected: Cell::default(),
             turned_away: Seldom::default(),
             not_shown: Seldom::default(),
         });
-        door.switchboard
-            .open(&door.facts.vm, &door.export, door.facts.volume);
+        // Over TLS there is only NBD.
+        if matches!(door.sessions, Sessions::Nbd(_)) {
+            door.switchboard
+                .open(&door.facts.vm, &door.export, door.facts.volume);
+        }
         spawn(door.clone().accept()).detach();
         Ok(door)
     }
 
     /// Live connections.
     pub(crate) fn connections(&self) -> usize {
-        self.sessions.connections()
+        match &self.sessions {
+            Sessions::Nbd(sessions) => sessions.connections(),
+            Sessions::VhostUser(sessions, _) => sessions.connections(),
+        }
     }
 
     /// Connections in their handshake.
     pub(crate) fn handshakes(&self) -> usize {
-        self.sessions.handshakes()
+        match &self.sessions {
+            Sessions::Nbd(sessions) => sessions.handshakes(),
+            Sessions::VhostUser(..) => 0,
+        }
+    }
+
+    /// The volume has grown: who can be told is.
+    pub(crate) fn resized(&self) {
+        if let Sessions::VhostUser(sessions, _) = &self.sessions {
+            sessions.resized();
+        }
     }
 
     /// Accepts nobody any more and ends all sessions; when it returns, none of their requests is in flight.
     pub(crate) async fn close(&self, manner: Manner) {
         self.closed.set(true);
-        self.switchboard.close(&self.facts.vm, self.facts.volume);
-        self.listener.close();
-        if manner == Manner::Gently {
-            self.sessions.drain(GENTLE).await;
+        if matches!(self.sessions, Sessions::Nbd(_)) {
+            self.switchboard.close(&self.facts.vm, self.facts.volume);
         }
-        self.sessions.end_all().await;
+        self.listener.close();
+        match &self.sessions {
+            Sessions::Nbd(sessions) => {
+                if manner == Manner::Gently {
+                    sessions.drain(GENTLE).await;
+                }
+                sessions.end_all().await;
+            }
+            // Requests stay in the guest's queues, so there is but one manner.
+            Sessions::VhostUser(sessions, _) => sessions.end_all(GENTLE).await,
+        }
     }
 
     async fn accept(self: Rc<Self>) {
@@ -159,11 +205,25 @@ impl Door {
             return;
         }
         self.log_connection(&format!("uid {uid}, pid {pid}"));
-        let exports = Rc::new(Shown {
-            door: self.clone(),
-            peer: who,
-        });
-        spawn(nbd::serve(stream, exports, self.sessions.clone())).detach();
+        match &self.sessions {
+            Sessions::Nbd(sessions) => {
+                let exports = Rc::new(Shown {
+                    door: self.clone(),
+                    peer: who,
+                });
+                spawn(nbd::serve(stream, exports, sessions.clone())).detach();
+            }
+            Sessions::VhostUser(sessions, broken) => {
+                let export = vhost::Export {
+                    name: self.export.clone(),
+                    serial: serial(self.facts.volume),
+                    read_only: self.read_only,
+                    volume: self.volume.clone(),
+                    broken: broken.clone(),
+                };
+                spawn(vhost::serve(stream, export, sessions.clone())).detach();
+            }
+        }
     }
 
     /// Goes on with a VM that has come over TLS and asks for this volume.
@@ -174,6 +234,10 @@ impl Door {
             tracing::debug!(volume = %self.export, vm = %self.vm, "a guest is turned away: {why}");
             return;
         }
+        let Sessions::Nbd(sessions) = &self.sessions else {
+            // It was attached anew meanwhile, another way.
+            return;
+        };
         self.log_connection("over TLS");
         let exports = Rc::new(Shown {
             door: self.clone(),
@@ -184,7 +248,7 @@ impl Door {
             identity,
             ticket,
         } = guest;
-        let going_on = nbd::go_on(moving, exports, self.sessions.clone());
+        let going_on = nbd::go_on(moving, exports, sessions.clone());
         let switchboard = self.switchboard.clone();
         let serving = async move {
             if let Some((volume, moving)) = going_on.await {
@@ -263,19 +327,12 @@ impl Exports for Shown {
     }
 }
 
-/// Counts what a client can cause as often as it likes.
-#[derive(Default)]
-pub(super) struct Seldom(Cell<u64>);
-
-impl Seldom {
-    /// Says it the 1st, 2nd, 4th, 8th … time, with the count.
-    pub(super) fn say(&self, say: impl FnOnce(u64)) {
-        let times = self.0.get() + 1;
-        self.0.set(times);
-        if times.is_power_of_two() {
-            say(times);
-        }
-    }
+/// What a vhost-user device calls itself: the beginning of the volume's id, as far as there is place.
+fn serial(volume: VolumeId) -> [u8; vhost::SERIAL_BYTES] {
+    let mut serial = [0; vhost::SERIAL_BYTES];
+    let id = volume.0.simple().to_string();
+    serial.copy_from_slice(&id.as_bytes()[..vhost::SERIAL_BYTES]);
+    serial
 }
 
 /// The beginning of a client's text.
@@ -287,16 +344,6 @@ fn clipped(text: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_a_client_repeats_is_said_ever_more_seldom() {
-        let (seldom, mut said) = (Seldom::default(), Vec::new());
-        for _ in 0..1_000_000 {
-            seldom.say(|times| said.push(times));
-        }
-        let powers: Vec<u64> = (0..20).map(|power| 1 << power).collect();
-        assert_eq!(said, powers);
-    }
 
     #[test]
     fn what_a_client_says_is_clipped_between_characters() {

@@ -15,7 +15,7 @@ use libvol::{Error, Kind, Result};
 use rustix::net::getpeername;
 use rustix::net::sockopt::set_tcp_nodelay;
 
-use super::door::Seldom;
+use crate::seldom::Seldom;
 use super::switchboard::{Guest, Lobby, Switchboard};
 use super::tls::{TlsFiles, identity};
 use super::{Load, Shard, Shards};

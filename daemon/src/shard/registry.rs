@@ -269,6 +269,9 @@ impl Registry {
     pub(crate) fn grow(&self, id: VolumeId, size_bytes: u64) {
         if let Some(entry) = self.volumes.borrow().get(&id) {
             entry.volume.grow(size_bytes);
+            if let Some(door) = &entry.door {
+                door.resized();
+            }
         }
     }
 

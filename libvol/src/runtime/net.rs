@@ -134,6 +134,13 @@ impl Stream {
         Ok(())
     }
 
+    /// Waits until there is something to receive, or the stream has ended.
+    pub async fn readable(&self) {
+        let fd = self.socket.clone();
+        // As for a hang-up: the next receive tells.
+        let _ = submit(&self.driver, Op::Readable { fd }).await;
+    }
+
     /// Waits until the peer has closed the stream or its sending half, or the stream was shut down. Bytes that it sent
     /// before may still be there to be received.
     pub async fn hung_up(&self) {

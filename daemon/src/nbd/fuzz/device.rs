@@ -14,7 +14,7 @@ use libvol::runtime::sleep;
 use libvol::volume::{BlockKind, PlainPart};
 
 use super::script::{BLOCK_STATUS, Expected, FLUSH, READ, Script, TRIM, WRITE, WRITE_ZEROES, failure};
-use crate::nbd::device::Device;
+use crate::device::Device;
 
 /// Above 4 GiB, so that 64-bit lengths mean something, and no multiple of anything.
 pub(super) const SIZE_BYTES: u64 = (5 << 30) + 1537;

@@ -9,7 +9,7 @@ use libvol::error::{Error, Kind, Result};
 use libvol::runtime::sync::Notify;
 use libvol::volume::{BlockKind, PlainPart};
 
-use crate::nbd::device::Device;
+use crate::device::Device;
 
 const BLOCK: usize = 4096;
 

@@ -5,7 +5,7 @@ use libvol::runtime::SendPart;
 use libvol::volume::{BlockKind, PlainPart};
 
 use super::Connection;
-use crate::nbd::device::Device;
+use crate::device::Device;
 use crate::nbd::proto::reply;
 use crate::nbd::proto::request::Cookie;
 use crate::nbd::proto::{Contexts, Framing, WireError};

@@ -1,4 +1,4 @@
-//! What transmission needs of a volume, so that it can be tested without stores. Dispatch is static.
+//! What a front door (NBD, vhost-user) needs of a volume, so that it can be tested without stores. Dispatch is static.
 
 use std::rc::Rc;
 
@@ -8,7 +8,7 @@ use libvol::error::Result;
 use libvol::volume::{BlockKind, PlainPart, Volume};
 
 /// Ranges are inside the device; the contracts are those of [`Volume`]'s methods of the same names.
-pub(super) trait Device: 'static {
+pub(crate) trait Device: 'static {
     fn size_bytes(&self) -> u64;
     fn pool(&self) -> &BufPool;
     async fn read(&self, offset: u64, len: u32) -> Result<Vec<PlainPart>>;

@@ -1,0 +1,400 @@
+//! One started queue: from a kick to requests at the device, and back to used entries and a call.
+//!
+//! ```text
+//! kick → ring → chain → request ─┬→ job, in order → task at the device → memory → used ring → one call for many
+//!                        refused ─┴────────────────────────────────────────────↗
+//! ```
+//!
+//! A queue is looked at when it starts, whether or not somebody kicks: what a guest asked an earlier back-end is still there.
+//! Heads that one left in flight come first, in the order in which they were taken. Invariants: a head is marked in the
+//! inflight area before anything is done for it, and unmarked only after its used entry is in the ring; a queue that stops
+//! has given back every head that it took. A fault of the guest's memory or rings cuts its front-end off, and nothing else.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::pin::pin;
+use std::rc::Rc;
+
+use futures_util::future::select;
+
+use libvol::crypto::seal::PlainBuf;
+use libvol::error::{Error, Result};
+use libvol::limits::BLOCK_SIZE;
+use libvol::runtime::sync::{InFlight, InFlightGuard, Notify, Permits};
+use libvol::runtime::{Task, spawn, yield_now};
+use libvol::volume::PlainPart;
+
+use super::config::feature;
+use super::fault::{BadMemory, Fault};
+use super::front::Front;
+use super::inflight::InflightArea;
+use super::memory::GuestMemory;
+use super::notify::{Call, Kick};
+use super::request::{BlockRequest, Kind, Parsed, STATUS_IOERR, STATUS_OK};
+use super::ring::{Ring, RingAddresses};
+use crate::device::Device;
+
+/// Heads taken before other tasks get a turn.
+const HEADS_A_TURN: usize = 32;
+
+/// Where a queue calls; it is replaced while the queue runs.
+pub(super) type CallPlace = Rc<RefCell<Option<Call>>>;
+
+/// What a queue is started with.
+pub(super) struct Setup {
+    /// Entries.
+    pub(super) size: u16,
+    /// Where it is.
+    pub(super) addresses: RingAddresses,
+    /// The available entry to go on at, unless the inflight area knows better.
+    pub(super) base: u16,
+    /// Its part of the inflight area.
+    pub(super) area: Option<InflightArea>,
+    /// Where it is kicked.
+    pub(super) kick: Kick,
+    /// Where it calls.
+    pub(super) call: CallPlace,
+}
+
+/// A queue that has been started.
+pub(super) struct Started<D> {
+    queue: Rc<Queue<D>>,
+    worker: Task<()>,
+}
+
+struct Queue<D> {
+    front: Rc<Front<D>>,
+    ring: RefCell<Ring>,
+    area: RefCell<Option<InflightArea>>,
+    /// Heads that an earlier back-end left.
+    left: RefCell<VecDeque<u16>>,
+    call: CallPlace,
+    call_is_due: Cell<bool>,
+    enabled: Cell<bool>,
+    stopping: Cell<bool>,
+    /// Raised when there is something new to the worker, apart from kicks.
+    news: Cell<u64>,
+    changed: Notify,
+    in_flight: Rc<InFlight>,
+}
+
+impl<D: Device> Started<D> {
+    /// Starts a queue, enabled.
+    ///
+    /// # Errors
+    /// Its setup, its memory or its inflight area cannot be used.
+    pub(super) fn new(front: &Rc<Front<D>>, setup: Setup) -> Result<Self, BadMemory> {
+        let Setup {
+            size,
+            addresses,
+            base,
+            mut area,
+            kick,
+            call,
+        } = setup;
+        let memory = front.memory();
+        let event_idx = front.features() & feature::RING_EVENT_IDX != 0;
+        let mut ring = Ring::new(size, addresses, base, event_idx, &memory)?;
+        let mut left = Vec::new();
+        if let Some(area) = &mut area {
+            if area.size() != size {
+                return Err(BadMemory::Refused("an inflight area for queues of another size"));
+            }
+            left = area.recover(ring.used_index())?;
+            ring.resume(&left)?;
+        }
+        if !left.is_empty() {
+            tracing::debug!(volume = front.name(), "vhost-user: {} requests are done again", left.len());
+        }
+        let queue = Rc::new(Queue {
+            front: front.clone(),
+            ring: RefCell::new(ring),
+            area: RefCell::new(area),
+            left: RefCell::new(left.into()),
+            call,
+            call_is_due: Cell::new(false),
+            enabled: Cell::new(true),
+            stopping: Cell::new(false),
+            news: Cell::new(0),
+            changed: Notify::default(),
+            in_flight: Rc::default(),
+        });
+        // What an earlier back-end gave back, it may not have called for.
+        queue.call_soon();
+        let worker = spawn(queue.clone().work(kick));
+        Ok(Self { queue, worker })
+    }
+
+    /// Enabled or not: whether it is looked at.
+    pub(super) fn enable(&self, on: bool) {
+        self.queue.enabled.set(on);
+        self.queue.tell();
+    }
+
+    /// Writes to the used ring are logged there from now on, or not any more.
+    pub(super) fn log_used_at(&self, at: Option<u64>) {
+        self.queue.ring.borrow_mut().log_used_at(at);
+    }
+
+    /// Stops it: takes nothing more, and waits until what it took has been given back, or its front-end has gone. Gives where
+    /// it stands, and its part of the inflight area.
+    pub(super) async fn stop(self) -> (u16, Option<InflightArea>) {
+        let queue = self.queue;
+        queue.stopping.set(true);
+        queue.tell();
+        let ended = async {
+            self.worker.await;
+            queue.in_flight.idle().await;
+        };
+        select(pin!(ended), pin!(queue.front.cut())).await;
+        queue.call_now();
+        let base = queue.ring.borrow().base();
+        (base, queue.area.take())
+    }
+}
+
+impl<D: Device> Queue<D> {
+    fn tell(&self) {
+        self.news.set(self.news.get() + 1);
+        self.changed.notify_all();
+    }
+
+    fn may_take(&self) -> bool {
+        self.enabled.get() && !self.stopping.get() && self.front.is_open()
+    }
+
+    async fn work(self: Rc<Self>, kick: Kick) {
+        loop {
+            let news = self.news.get();
+            if let Err(fault) = self.take_available().await {
+                return self.front.fail(fault);
+            }
+            if self.stopping.get() || self.front.is_cut() {
+                return;
+            }
+            let told = self.changed.until(|| (self.news.get() != news).then_some(()));
+            select(pin!(kick.wait()), told).await;
+        }
+    }
+
+    /// Takes what there is, and has the guest kick for more.
+    async fn take_available(self: &Rc<Self>) -> Result<(), Fault> {
+        let mut taken: usize = 0;
+        while self.may_take() {
+            let memory = self.front.memory();
+            let left = self.left.borrow_mut().pop_front();
+            if let Some(head) = left {
+                self.take(head, &memory).await?;
+            } else {
+                let next = self.ring.borrow_mut().next(&memory)?;
+                let Some(head) = next else {
+                    let log = self.front.log();
+                    match self.ring.borrow_mut().ask_for_kicks(&memory, log.as_deref())? {
+                        true => continue,
+                        false => break,
+                    }
+                };
+                if taken == 0 {
+                    let log = self.front.log();
+                    self.ring.borrow_mut().refuse_kicks(&memory, log.as_deref())?;
+                }
+                if let Some(area) = &mut *self.area.borrow_mut() {
+                    area.started(head)?;
+                }
+                self.take(head, &memory).await?;
+            }
+            taken += 1;
+            if taken.is_multiple_of(HEADS_A_TURN) {
+                yield_now().await;
+            }
+        }
+        Ok(())
+    }
+
+    /// A head that is marked as in flight.
+    async fn take(self: &Rc<Self>, head: u16, memory: &Rc<GuestMemory>) -> Result<(), Fault> {
+        let parsed = Parsed::read(memory, &self.ring.borrow(), head, &self.front.rules())?;
+        match parsed {
+            Parsed::Refused(refusal) => {
+                let len = refusal.finish(memory, self.front.log().as_deref())?;
+                self.give_back(head, len)
+            }
+            Parsed::Request(request) => {
+                // Counted before it waits, so that a queue that stops waits for it.
+                let counted = [self.in_flight.enter(), self.front.in_flight().enter()];
+                let places = self.front.places(request.data_len() as usize).await;
+                self.front.admit(Job {
+                    queue: self.clone(),
+                    request,
+                    memory: memory.clone(),
+                    _places: places,
+                    _counted: counted,
+                });
+                Ok(())
+            }
+        }
+    }
+
+    /// Puts a head into the used ring, and calls soon.
+    fn give_back(self: &Rc<Self>, head: u16, len: u32) -> Result<(), Fault> {
+        let (memory, log) = (self.front.memory(), self.front.log());
+        let (area, mut ring) = (self.area.borrow(), self.ring.borrow_mut());
+        if let Some(area) = &*area {
+            area.about_to_use(head)?;
+        }
+        ring.push_used(&memory, log.as_deref(), head, len)?;
+        if let Some(area) = &*area {
+            area.used(head, ring.used_index())?;
+        }
+        drop((area, ring));
+        self.call_soon();
+        Ok(())
+    }
+
+    /// Calls after what is ready to run now: it may give back more.
+    fn call_soon(self: &Rc<Self>) {
+        if self.call_is_due.replace(true) {
+            return;
+        }
+        let queue = self.clone();
+        spawn(async move { queue.call_now() }).detach();
+    }
+
+    fn call_now(&self) {
+        if !self.call_is_due.replace(false) || self.front.is_cut() {
+            return;
+        }
+        let wanted = self.ring.borrow_mut().wants_call(&self.front.memory());
+        match wanted {
+            Ok(false) => {}
+            // Without one the guest looks by itself.
+            Ok(true) => {
+                if let Some(call) = &*self.call.borrow() {
+                    call.call();
+                }
+            }
+            Err(fault) => self.front.fail(fault),
+        }
+    }
+}
+
+/// An accepted request with what it needs.
+pub(super) struct Job<D> {
+    queue: Rc<Queue<D>>,
+    request: BlockRequest,
+    memory: Rc<GuestMemory>,
+    _places: (Permits, Permits),
+    _counted: [InFlightGuard; 2],
+}
+
+/// What a read that finds nothing gives.
+static ZEROS: [u8; BLOCK_SIZE] = [0; BLOCK_SIZE];
+
+impl<D: Device> Job<D> {
+    /// Carries it out and answers it, unless its front-end goes before.
+    pub(super) async fn run(self) {
+        let front = &self.queue.front;
+        if front.is_cut() {
+            return;
+        }
+        let performed = self.perform().await;
+        if front.is_cut() {
+            return;
+        }
+        if let Err(fault) = performed.and_then(|status| self.answer(status)) {
+            front.fail(fault);
+        }
+    }
+
+    fn answer(&self, status: u8) -> Result<(), Fault> {
+        let log = self.queue.front.log();
+        let len = self.request.finish(&self.memory, log.as_deref(), status)?;
+        self.queue.give_back(self.request.head, len)
+    }
+
+    /// Gives its status.
+    async fn perform(&self) -> Result<u8, Fault> {
+        let front = &self.queue.front;
+        let device = front.device();
+        let fua = !front.writes_back();
+        let (what, done) = match &self.request.kind {
+            Kind::Read { offset, len } => match device.read(*offset, *len).await {
+                Ok(_) if front.is_cut() => return Ok(STATUS_IOERR),
+                Ok(parts) => {
+                    self.bring(&parts)?;
+                    ("read", Ok(()))
+                }
+                Err(e) => ("read", Err(e)),
+            },
+            Kind::Write { offset, len } => {
+                let bytes = *len as usize;
+                // Whole blocks, so that a sub-block write can be completed in place.
+                let mut buf = device.pool().get(bytes.next_multiple_of(BLOCK_SIZE));
+                self.request.gather(&self.memory, &mut buf[..bytes])?;
+                ("write", device.write(*offset, PlainBuf(buf), *len, fua).await)
+            }
+            Kind::Flush => ("flush", device.flush().await),
+            Kind::Discard { ranges } => {
+                let trim = async |&(offset, len): &(u64, u64), last| device.trim(offset, len, fua && last).await;
+                ("discard", self.each(ranges, trim).await)
+            }
+            Kind::WriteZeroes { ranges } => {
+                let zero = async |&(offset, len, may_unmap): &(u64, u64, bool), last| {
+                    device.write_zeroes(offset, len, fua && last, !may_unmap).await
+                };
+                ("write-zeroes", self.each(ranges, zero).await)
+            }
+            Kind::GetId { len } => {
+                let serial = &front.serial()[..*len as usize];
+                self.request
+                    .scatter(&self.memory, front.log().as_deref(), 0, serial)?;
+                ("identification", Ok(()))
+            }
+        };
+        Ok(match done {
+            Ok(()) => STATUS_OK,
+            Err(e) => {
+                front.note_failure(what, e);
+                STATUS_IOERR
+            }
+        })
+    }
+
+    /// Carries out one range after the other: whoever cuts the session waits for one, and not for the rest. The last is told
+    /// that it is.
+    async fn each<R>(&self, ranges: &[R], carry_out: impl AsyncFn(&R, bool) -> Result<()>) -> Result<()> {
+        for (index, range) in ranges.iter().enumerate() {
+            if self.queue.front.is_cut() {
+                return Err(Error::unavailable("the front-end has gone"));
+            }
+            carry_out(range, index + 1 == ranges.len()).await?;
+            yield_now().await;
+        }
+        Ok(())
+    }
+
+    /// Copies what was read to the guest.
+    fn bring(&self, parts: &[PlainPart]) -> Result<(), Fault> {
+        let log = self.queue.front.log();
+        let mut at = 0;
+        let mut scatter = |bytes: &[u8]| {
+            let from = at;
+            at += bytes.len();
+            self.request.scatter(&self.memory, log.as_deref(), from, bytes)
+        };
+        for part in parts {
+            match part {
+                PlainPart::Data(buf, range) => scatter(&buf.0[range.clone()])?,
+                PlainPart::Zeros(len) => {
+                    let mut left = *len;
+                    while left > 0 {
+                        let here = left.min(ZEROS.len());
+                        scatter(&ZEROS[..here])?;
+                        left -= here;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,138 @@
+//! The front-ends of one attachment: one at a time.
+//!
+//! Invariants: a front-end is served only after every request of the one before has ended, so no write of a lost connection
+//! lands after a newer one (I3); while one is there, another is turned away; after [`Sessions::end_all`] has begun nothing
+//! new is served, and when it returns no request runs. One that comes while the last is on its way out waits, and there is
+//! place for one.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::time::Duration;
+
+use libvol::runtime::sync::{InFlight, Notify};
+use libvol::runtime::timeout;
+
+/// A front-end that is served.
+pub(super) trait Member {
+    /// Its queues are not looked at any more.
+    fn drain(&self);
+    /// Its accepted requests.
+    fn in_flight(&self) -> Rc<InFlight>;
+    /// Ends the conversation.
+    fn cut(&self);
+    /// Whether it has hung up.
+    fn has_gone(&self) -> bool;
+    /// The configuration space is another.
+    fn configuration_changed(&self);
+}
+
+/// See the module's text.
+#[derive(Default)]
+pub(crate) struct Sessions {
+    ended: Cell<bool>,
+    /// The one place is taken, from a front-end's coming until what it left behind is closed.
+    taken: Cell<bool>,
+    /// One waits for it.
+    awaited: Cell<bool>,
+    /// Until the last request has ended.
+    member: RefCell<Option<Rc<dyn Member>>>,
+    changed: Notify,
+}
+
+impl Sessions {
+    /// No front-end, and open for one.
+    pub(crate) fn new() -> Rc<Self> {
+        Rc::default()
+    }
+
+    /// Front-ends that are there, or whose last request has not ended.
+    pub(crate) fn connections(&self) -> usize {
+        usize::from(self.member.borrow().is_some())
+    }
+
+    /// The volume has grown.
+    pub(crate) fn resized(&self) {
+        if let Some(member) = self.member() {
+            member.configuration_changed();
+        }
+    }
+
+    /// Refuses new front-ends, looks at no queue any more, lets what was taken from them be answered, at most so long, then
+    /// cuts the front-end off and waits until every request has ended. What has not been answered, a front-end brings again.
+    pub(crate) async fn end_all(&self, at_most: Duration) {
+        self.ended.set(true);
+        self.changed.notify_all();
+        if let Some(member) = self.member() {
+            member.drain();
+            if timeout(at_most, member.in_flight().idle()).await.is_none() {
+                tracing::info!("vhost-user: requests still running after {at_most:?} of draining");
+            }
+            member.cut();
+        }
+        self.changed
+            .until(|| self.member.borrow().is_none().then_some(()))
+            .await;
+    }
+
+    fn member(&self) -> Option<Rc<dyn Member>> {
+        self.member.borrow().clone()
+    }
+
+    /// The place for a front-end that comes. `None` when there is another, or the attachment ends.
+    pub(super) async fn enter(self: &Rc<Self>) -> Option<Seat> {
+        if self.taken.get() {
+            let is_there = self.member().is_some_and(|member| !member.has_gone());
+            if is_there || self.awaited.replace(true) {
+                return None;
+            }
+            let awaits = Awaits(self);
+            let free = || !self.taken.get() || self.ended.get();
+            self.changed.until(|| free().then_some(())).await;
+            drop(awaits);
+        }
+        if self.ended.get() {
+            return None;
+        }
+        self.taken.set(true);
+        Some(Seat {
+            sessions: self.clone(),
+        })
+    }
+}
+
+/// Somebody waits for the place.
+struct Awaits<'a>(&'a Sessions);
+
+impl Drop for Awaits<'_> {
+    fn drop(&mut self) {
+        self.0.awaited.set(false);
+    }
+}
+
+/// A front-end's place, given back on drop.
+pub(super) struct Seat {
+    sessions: Rc<Sessions>,
+}
+
+impl Seat {
+    /// Makes the front-end known.
+    pub(super) fn introduce(&self, member: Rc<dyn Member>) {
+        let earlier = self.sessions.member.borrow_mut().replace(member);
+        assert!(earlier.is_none(), "one front-end at a time");
+    }
+
+    /// Its last request has ended.
+    pub(super) fn requests_ended(&self) {
+        let member = self.sessions.member.take();
+        drop(member);
+        self.sessions.changed.notify_all();
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.requests_ended();
+        self.sessions.taken.set(false);
+        self.sessions.changed.notify_all();
+    }
+}
