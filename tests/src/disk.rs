@@ -6,7 +6,7 @@ use std::mem::MaybeUninit;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use blkio::{Blkio, Blkioq, Completion, MemoryRegion, ReqFlags};
+use blkio::{Blkio, Blkioq, Completion, MemoryRegion, ReqFlags, iovec};
 
 use crate::PATIENCE;
 
@@ -17,6 +17,9 @@ pub struct Disk {
     device: Blkio,
     region: MemoryRegion,
     buffer: File,
+    segment_max: usize,
+    // What the driver was given pointers to; kept until the end.
+    vectors: Vec<Box<[iovec]>>,
 }
 
 /// A finished request.
@@ -99,6 +102,10 @@ impl Disk {
         device.connect()?;
         device.set_i32("num-queues", queues as i32)?;
         device.set_i32("queue-size", queue_size as i32)?;
+        let segment_max = match device.get_i32("max-segment-len")? {
+            0 => usize::MAX,
+            most => most as usize,
+        };
         let started = device.start()?;
         let region = device.alloc_mem_region(buffer)?;
         device.map_mem_region(&region)?;
@@ -113,6 +120,8 @@ impl Disk {
             device,
             region,
             buffer,
+            segment_max,
+            vectors: Vec::new(),
         })
     }
 
@@ -162,21 +171,38 @@ impl Disk {
     /// When it goes beyond the buffer.
     pub fn push(&mut self, queue: usize, ask: Ask, tag: usize) {
         let none = ReqFlags::empty();
-        let place = |at: usize, len: usize| {
-            assert!(at + len <= self.region.len, "within the buffer");
-            (self.region.addr + at) as *mut u8
-        };
-        let queue = &mut self.queues[queue];
         match ask {
-            Ask::Read { to, at, len } => queue.read(at, place(to, len), len, tag, none),
-            Ask::Write { from, at, len } => queue.write(at, place(from, len), len, tag, none),
-            Ask::Flush => queue.flush(tag, none),
-            Ask::Discard { at, len } => queue.discard(at, len, tag, none),
+            Ask::Read { to, at, len } => {
+                let (parts, count) = self.parts(to, len);
+                self.queues[queue].readv(at, parts, count, tag, none);
+            }
+            Ask::Write { from, at, len } => {
+                let (parts, count) = self.parts(from, len);
+                self.queues[queue].writev(at, parts, count, tag, none);
+            }
+            Ask::Flush => self.queues[queue].flush(tag, none),
+            Ask::Discard { at, len } => self.queues[queue].discard(at, len, tag, none),
             Ask::WriteZeroes { at, len, may_unmap } => {
                 let flags = if may_unmap { none } else { ReqFlags::NO_UNMAP };
-                queue.write_zeroes(at, len, tag, flags);
+                self.queues[queue].write_zeroes(at, len, tag, flags);
             }
         }
+    }
+
+    /// A piece of the buffer in parts as long as the device takes them, which stay where they are.
+    fn parts(&mut self, at: usize, len: usize) -> (*const iovec, u32) {
+        assert!(at + len <= self.region.len, "within the buffer");
+        let most = self.segment_max;
+        let parts: Vec<iovec> = (at..at + len)
+            .step_by(most)
+            .map(|start| iovec {
+                iov_base: (self.region.addr + start) as *mut _,
+                iov_len: most.min(at + len - start),
+            })
+            .collect();
+        self.vectors.push(parts.into_boxed_slice());
+        let kept = self.vectors.last().expect("just pushed");
+        (kept.as_ptr(), kept.len() as u32)
     }
 
     /// Sends what is queued and waits for at least `min` answers.
