@@ -1,12 +1,12 @@
 #!/bin/bash
-# make fuzz: scripts/fuzz.sh [--minutes N] [--target handshake|transmission|tls|api]. Runs the fuzz targets of tests/fuzz one
+# make fuzz: scripts/fuzz.sh [--minutes N] [--target handshake|transmission|tls|api|virtqueue]. Runs the fuzz targets of tests/fuzz one
 # after the other, by default all of them for five minutes each, and says what they have done. What a run has learnt stays in
 # target/fuzz/corpus for the next one. A target that finds something ends the run with the input's place.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-usage() { echo "usage: scripts/fuzz.sh [--minutes N] [--target handshake|transmission|tls|api]" >&2; exit 2; }
-minutes=5 targets=(handshake transmission tls api)
+usage() { echo "usage: scripts/fuzz.sh [--minutes N] [--target handshake|transmission|tls|api|virtqueue]" >&2; exit 2; }
+minutes=5 targets=(handshake transmission tls api virtqueue)
 while [ $# -gt 0 ]; do
     case "$1" in
         --minutes) [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] || usage; minutes=$2; shift 2 ;;

@@ -1,5 +1,8 @@
 //! What a front door (NBD, vhost-user) needs of a volume, so that it can be tested without stores. Dispatch is static.
 
+#[cfg(test)]
+pub(crate) mod memory;
+
 use std::rc::Rc;
 
 use libvol::buf::BufPool;

@@ -21,5 +21,10 @@ pub fn api(input: &[u8]) {
     crate::api::fuzz::api(input);
 }
 
+/// What a vhost-user guest has in its memory: a queue, and requests in it.
+pub fn virtqueue(input: &[u8]) {
+    crate::vhost::fuzz::walk(input);
+}
+
 #[cfg(test)]
 mod tests;

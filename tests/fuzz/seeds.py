@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Writes the fuzz targets' seeds: tests/fuzz/seeds.py (from anywhere). Valid conversations, a few of each kind, from which the
-fuzzer and the ordinary tests start. What a file's first bytes choose is described at the functions in daemon/src/nbd/fuzz."""
+fuzzer and the ordinary tests start. What a file's first bytes choose is described at the functions in daemon/src/nbd/fuzz and in
+daemon/src/vhost/fuzz.rs."""
 
 import os
 import struct
@@ -166,3 +167,41 @@ CALLS = {
 }
 for name, calls in CALLS.items():
     save("api", name, "\n\n".join(calls).encode())
+
+
+def virtqueue(name, *chains, flags=0x3D, indirect=False):
+    """A queue of 16 at 0x1000 (see daemon/src/vhost/fuzz.rs), each chain a list of (bytes to read or room to write)."""
+    table, avail, data, place = b"", [], b"", 0x1300
+    for chain in chains:
+        first, count, here = len(table) // 16, len(chain), b""
+        for i, part in enumerate(chain):
+            content, flag = (part, 0) if isinstance(part, bytes) else (bytes(part), 2)
+            index = i + 1 if indirect else first + i + 1
+            here += struct.pack("<QIHH", place, len(content), flag | (i + 1 < count), index)
+            data += content
+            place += len(content)
+        if indirect:
+            pad = -place % 16
+            here, data, place = struct.pack("<QIHH", place + pad, len(here), 4, 0), data + bytes(pad) + here, place + pad + len(here)
+        avail.append(first)
+        table += here
+    ring = struct.pack("<HH%dH" % len(avail), 0, len(avail), *avail)
+    save("virtqueue", name, struct.pack("<BBHHBB", 4, flags, 1000, 0, 0, 0), table.ljust(0x100, b"\0"), ring.ljust(0x200, b"\0"), data)
+
+
+def block(kind, sector=0):
+    return struct.pack("<IIQ", kind, 0, sector)
+
+
+def span(sector, sectors, flags=0):
+    return struct.pack("<QII", sector, sectors, flags)
+
+
+for indirect in [False, True]:
+    kind = "indirect" if indirect else "direct"
+    virtqueue(kind, [block(0, 3), 512, 1], [block(1, 999), b"w" * 512, 1], [block(4), 1], [block(8), 20, 1], indirect=indirect)
+    virtqueue(kind + "-ranges", [block(11), span(0, 500) + span(7, 0), 1], [block(13), span(999, 1, 1), 1], indirect=indirect, flags=0x1C)
+virtqueue("cut-up", [block(0)[:5], block(0)[5:], 100, 412, 0, 1], [block(1) + b"w" * 511, b"w", b"", 1], [block(0), 513])
+virtqueue("refused", [block(0, 1000), 512, 1], [block(99), 1], [block(1), b"w" * 100, 1], [b"short", 3])
+virtqueue("wrong", [block(0), 512, 1], [1, block(0)])
+virtqueue("read-only", [block(1), b"w" * 512, 1], [block(13), span(0, 1), 1], [block(0), 1024, 1], flags=0x0E)

@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 
-use super::{api, handshake, tls, transmission};
+use super::{api, handshake, tls, transmission, virtqueue};
 
 /// How many changed inputs of each target; `VOLD_TEST_FULL` tries thirty times as many.
 fn count(quick: u64) -> u64 {
@@ -31,6 +31,11 @@ fn nothing_is_told_or_done_before_tls_whatever_the_client_says() {
 #[test]
 fn calls_are_answered_in_shape_whatever_they_say() {
     run_all("api", api, count(1500));
+}
+
+#[test]
+fn requests_in_a_guests_memory_are_read_as_foreseen_whatever_is_there() {
+    run_all("virtqueue", virtqueue, count(6000));
 }
 
 fn run_all(name: &str, target: fn(&[u8]), changes: u64) {

@@ -15,11 +15,11 @@ use libvol::{Error, Kind, Result};
 use rustix::net::getpeername;
 use rustix::net::sockopt::set_tcp_nodelay;
 
-use crate::seldom::Seldom;
 use super::switchboard::{Guest, Lobby, Switchboard};
 use super::tls::{TlsFiles, identity};
 use super::{Load, Shard, Shards};
 use crate::nbd;
+use crate::seldom::Seldom;
 
 /// Listening, and not serving yet.
 pub(crate) struct Bound {

@@ -158,7 +158,8 @@ pub(super) fn send_now(
     }
 }
 
-fn receive_now(
+/// What has been received, if something has.
+pub(super) fn receive_now(
     socket: BorrowedFd<'_>,
     bytes: &mut [u8],
     descriptors: &mut Vec<OwnedFd>,
@@ -192,7 +193,11 @@ mod tests {
 
     fn on_both<F: Future<Output = ()> + 'static>(test: impl Fn(UnixStream, Channel) -> F) {
         for engine in [EngineChoice::Threads, EngineChoice::Uring] {
-            let runtime = Runtime::new(make_driver(engine).expect("both engines run where the tests run").0);
+            let runtime = Runtime::new(
+                make_driver(engine)
+                    .expect("both engines run where the tests run")
+                    .0,
+            );
             let (ours, theirs) = UnixStream::pair().unwrap();
             let channel = Channel::new(Stream::new(ours.into()));
             runtime.block_on(test(theirs, channel));
@@ -223,7 +228,10 @@ mod tests {
                 }
             });
             let first = channel.receive(&leavings).await.unwrap();
-            assert_eq!((first.header.request, first.payload.len(), first.descriptors.len()), (2, 8, 0));
+            assert_eq!(
+                (first.header.request, first.payload.len(), first.descriptors.len()),
+                (2, 8, 0)
+            );
             let second = channel.receive(&leavings).await.unwrap();
             assert_eq!((second.header.request, second.descriptors.len()), (12, 1));
             sender.await;

@@ -160,7 +160,10 @@ mod tests {
         assert_eq!(u32_at(&space, 36), 1 << 21);
         assert_eq!(space[56], 1);
         assert!(space[57..].iter().all(|byte| *byte == 0));
-        assert!(space_of(true)[36..].iter().all(|byte| *byte == 0), "nothing to discard");
+        assert!(
+            space_of(true)[36..].iter().all(|byte| *byte == 0),
+            "nothing to discard"
+        );
     }
 
     #[test]

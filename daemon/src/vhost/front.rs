@@ -112,7 +112,7 @@ impl<D: Device> Front<D> {
         self.features.get()
     }
 
-    /// The front-end has agreed to these. The cache's mode begins anew.
+    /// The front-end has agreed to these.
     pub(super) fn agree(&self, features: u64) {
         self.features.set(features);
     }
@@ -130,7 +130,7 @@ impl<D: Device> Front<D> {
         self.writeback.get()
     }
 
-    /// The guest, or a reset, sets the cache's mode.
+    /// The guest sets the cache's mode. It outlives resets: front-ends tell it once.
     pub(super) fn set_writeback(&self, on: bool) {
         self.writeback.set(on);
     }
@@ -192,7 +192,11 @@ impl<D: Device> Front<D> {
             return;
         }
         self.export.broken.say(|times| {
-            tracing::warn!(volume = self.name(), times, "vhost-user: the device is disconnected: {why}");
+            tracing::warn!(
+                volume = self.name(),
+                times,
+                "vhost-user: the device is disconnected: {why}"
+            );
         });
         self.cut_off();
     }
@@ -200,7 +204,11 @@ impl<D: Device> Front<D> {
     /// A request has failed at the volume; the guest gets an error.
     pub(super) fn note_failure(&self, what: &str, why: impl Display) {
         self.failures.say(|times| {
-            tracing::warn!(volume = self.name(), failures = times, "vhost-user: {what} failed: {why}");
+            tracing::warn!(
+                volume = self.name(),
+                failures = times,
+                "vhost-user: {what} failed: {why}"
+            );
         });
     }
 
@@ -294,7 +302,10 @@ impl<D: Device> Member for Front<D> {
         let channel = self.backend_channel.borrow();
         let Some(channel) = &*channel else { return };
         if let Err(end) = send_now(channel.as_fd(), &config_has_changed(), None) {
-            tracing::debug!(volume = self.name(), "vhost-user: the front-end is not told of a change: {end:?}");
+            tracing::debug!(
+                volume = self.name(),
+                "vhost-user: the front-end is not told of a change: {end:?}"
+            );
         }
     }
 }

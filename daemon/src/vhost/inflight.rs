@@ -26,6 +26,8 @@ const HEADER_BYTES: usize = 16;
 const ENTRY_BYTES: usize = 16;
 /// Queues begin at multiples of this, as they do for the protocol's other back-ends.
 const QUEUE_ALIGN: usize = 64;
+/// Behind the queues of an area that was made here: the cache's mode ([`super::cache_mode`]), and room.
+const OWN_BYTES: u64 = 64;
 
 // In a queue's header.
 const FEATURES: usize = 0;
@@ -70,7 +72,7 @@ fn queue_bytes(size: u16) -> usize {
 /// # Errors
 /// As [`area_bytes`], or the system has none.
 pub(super) fn create(queues: u16, size: u16) -> Result<(OwnedFd, u64), BadMemory> {
-    let bytes = area_bytes(queues, size)?;
+    let bytes = area_bytes(queues, size)? + OWN_BYTES;
     let make = || {
         let fd = memfd_create("vold-inflight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         ftruncate(&fd, bytes)?;
@@ -144,6 +146,7 @@ impl InflightArea {
     }
 
     /// Whether a page of it has gone.
+    #[cfg(test)]
     pub(super) fn is_broken(&self) -> bool {
         self.mapping.is_broken()
     }

@@ -34,7 +34,9 @@ impl Leavings {
 
     /// Some more.
     pub(super) fn put_all(&self, descriptors: impl IntoIterator<Item = OwnedFd>) {
-        descriptors.into_iter().for_each(|descriptor| self.put(descriptor));
+        descriptors
+            .into_iter()
+            .for_each(|descriptor| self.put(descriptor));
     }
 
     /// Closes all, and returns when they are.
@@ -64,7 +66,9 @@ impl Leavings {
         match begun {
             Ok(_) => {
                 let mut closing = self.closing.borrow_mut();
-                closing.retain_mut(|closed| matches!(closed.try_recv(), Err(oneshot::error::TryRecvError::Empty)));
+                closing.retain_mut(|closed| {
+                    matches!(closed.try_recv(), Err(oneshot::error::TryRecvError::Empty))
+                });
                 closing.push(closed);
             }
             // They went with the closure: a process without a thread to spare has worse worries.

@@ -7,9 +7,10 @@
 //! The front-end can make the file shorter, and an access then raises SIGBUS. [`sigbus`] puts empty memory in the place of
 //! the mapping, and the access goes on there; it is told as [`Fault::Gone`], as are all after it. Memory that is touched for
 //! the first time here is accounted to this process's cgroup. The mapping is not locked: what of a guest may be swapped is
-//! decided where the guest runs.
+//! decided where the guest runs. Large mappings are unmapped by a thread of their own ([`unmap`]): their pages go one by one.
 
 mod sigbus;
+mod unmap;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
@@ -19,6 +20,7 @@ use rustix::fs::{FileType, fstat, fstatfs};
 
 use super::fault::{BadMemory, Fault};
 use sigbus::Slot;
+use unmap::Mapped;
 
 /// From this length on the processor's own copying is quicker than a loop.
 #[cfg(target_arch = "x86_64")]
@@ -33,10 +35,9 @@ pub(super) struct Mapping {
     /// What was asked for, which need not begin with a page.
     base: NonNull<u8>,
     len: usize,
-    /// What was mapped: whole pages.
-    mapped: NonNull<u8>,
-    mapped_len: usize,
     slot: &'static Slot,
+    /// What was mapped: whole pages. Present until drop.
+    mapped: Option<Mapped>,
 }
 
 impl Mapping {
@@ -72,7 +73,7 @@ impl Mapping {
                 std::io::Error::last_os_error(),
             ));
         }
-        let mapped = NonNull::new(raw.cast::<u8>()).expect("the kernel places nothing at zero");
+        let first = NonNull::new(raw.cast::<u8>()).expect("the kernel places nothing at zero");
         // SAFETY: the mapping is ours; advice and unlocking change no contents. When they fail, it is only dumped or locked
         // as the rest of the process is.
         unsafe {
@@ -87,11 +88,10 @@ impl Mapping {
         };
         Ok(Self {
             // SAFETY: `lead` is less than `mapped_len`.
-            base: unsafe { mapped.add(lead) },
+            base: unsafe { first.add(lead) },
             len,
-            mapped,
-            mapped_len,
             slot,
+            mapped: Some(Mapped::new(raw as usize, mapped_len, slot)),
         })
     }
 
@@ -180,13 +180,14 @@ impl Mapping {
 
 /// Numbers in memory that others change: one access each, acquire and release, in this machine's byte order.
 macro_rules! numbers {
-    ($($load:ident $store:ident $number:ty, $atomic:ty;)*) => {
+    ($($(#[$loading:meta])* $load:ident $store:ident $number:ty, $atomic:ty;)*) => {
         impl Mapping {
             $(
                 /// Reads a number.
                 ///
                 /// # Errors
                 /// Outside the mapping, not aligned, or it is broken.
+                $(#[$loading])*
                 pub(super) fn $load(&self, at: usize) -> Result<$number, Fault> {
                     let place = self.aligned(at, size_of::<$number>())?;
                     // SAFETY: aligned and inside the mapping, which lives as long as `self`; it is only accessed
@@ -214,17 +215,14 @@ macro_rules! numbers {
 numbers! {
     load_u8 store_u8 u8, AtomicU8;
     load_u16 store_u16 u16, AtomicU16;
+    #[cfg(test)]
     load_u32 store_u32 u32, AtomicU32;
     load_u64 store_u64 u64, AtomicU64;
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // Before the addresses can be anybody else's.
-        self.slot.retire();
-        // SAFETY: the mapping, or what stands in its place, is ours alone and is unmapped once; nothing borrows from it.
-        let result = unsafe { libc::munmap(self.mapped.as_ptr().cast(), self.mapped_len) };
-        debug_assert_eq!(result, 0);
+        self.mapped.take().expect("present until drop").unmap();
     }
 }
 

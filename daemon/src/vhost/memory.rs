@@ -133,6 +133,7 @@ impl GuestMemory {
     }
 
     /// How many regions there are.
+    #[cfg(test)]
     pub(super) fn regions(&self) -> usize {
         self.regions.len()
     }
@@ -146,6 +147,7 @@ impl GuestMemory {
     }
 
     /// Whether a page of any region has gone.
+    #[cfg(test)]
     pub(super) fn is_broken(&self) -> bool {
         self.regions.iter().any(|mapped| mapped.mapping.is_broken())
     }
@@ -313,6 +315,7 @@ impl DirtyLog {
     }
 
     /// Pages that were written and have no place in the log.
+    #[cfg(test)]
     pub(super) fn ignored(&self) -> u64 {
         self.ignored.get()
     }

@@ -34,36 +34,36 @@ const VRING_FLAG_LOG: u32 = 1;
 const BACKEND_CONFIG_CHANGE: u32 = 2;
 
 /// Numbers of the front-end's messages ("Front-end message types").
-mod number {
-    pub(super) const GET_FEATURES: u32 = 1;
-    pub(super) const SET_FEATURES: u32 = 2;
-    pub(super) const SET_OWNER: u32 = 3;
-    pub(super) const RESET_OWNER: u32 = 4;
-    pub(super) const SET_MEM_TABLE: u32 = 5;
-    pub(super) const SET_LOG_BASE: u32 = 6;
-    pub(super) const SET_LOG_FD: u32 = 7;
-    pub(super) const SET_VRING_NUM: u32 = 8;
-    pub(super) const SET_VRING_ADDR: u32 = 9;
-    pub(super) const SET_VRING_BASE: u32 = 10;
-    pub(super) const GET_VRING_BASE: u32 = 11;
-    pub(super) const SET_VRING_KICK: u32 = 12;
-    pub(super) const SET_VRING_CALL: u32 = 13;
-    pub(super) const SET_VRING_ERR: u32 = 14;
-    pub(super) const GET_PROTOCOL_FEATURES: u32 = 15;
-    pub(super) const SET_PROTOCOL_FEATURES: u32 = 16;
-    pub(super) const GET_QUEUE_NUM: u32 = 17;
-    pub(super) const SET_VRING_ENABLE: u32 = 18;
-    pub(super) const SET_BACKEND_REQ_FD: u32 = 21;
-    pub(super) const GET_CONFIG: u32 = 24;
-    pub(super) const SET_CONFIG: u32 = 25;
-    pub(super) const GET_INFLIGHT_FD: u32 = 31;
-    pub(super) const SET_INFLIGHT_FD: u32 = 32;
-    pub(super) const RESET_DEVICE: u32 = 34;
-    pub(super) const GET_MAX_MEM_SLOTS: u32 = 36;
-    pub(super) const ADD_MEM_REG: u32 = 37;
-    pub(super) const REM_MEM_REG: u32 = 38;
-    pub(super) const SET_STATUS: u32 = 39;
-    pub(super) const GET_STATUS: u32 = 40;
+pub(super) mod number {
+    pub(crate) const GET_FEATURES: u32 = 1;
+    pub(crate) const SET_FEATURES: u32 = 2;
+    pub(crate) const SET_OWNER: u32 = 3;
+    pub(crate) const RESET_OWNER: u32 = 4;
+    pub(crate) const SET_MEM_TABLE: u32 = 5;
+    pub(crate) const SET_LOG_BASE: u32 = 6;
+    pub(crate) const SET_LOG_FD: u32 = 7;
+    pub(crate) const SET_VRING_NUM: u32 = 8;
+    pub(crate) const SET_VRING_ADDR: u32 = 9;
+    pub(crate) const SET_VRING_BASE: u32 = 10;
+    pub(crate) const GET_VRING_BASE: u32 = 11;
+    pub(crate) const SET_VRING_KICK: u32 = 12;
+    pub(crate) const SET_VRING_CALL: u32 = 13;
+    pub(crate) const SET_VRING_ERR: u32 = 14;
+    pub(crate) const GET_PROTOCOL_FEATURES: u32 = 15;
+    pub(crate) const SET_PROTOCOL_FEATURES: u32 = 16;
+    pub(crate) const GET_QUEUE_NUM: u32 = 17;
+    pub(crate) const SET_VRING_ENABLE: u32 = 18;
+    pub(crate) const SET_BACKEND_REQ_FD: u32 = 21;
+    pub(crate) const GET_CONFIG: u32 = 24;
+    pub(crate) const SET_CONFIG: u32 = 25;
+    pub(crate) const GET_INFLIGHT_FD: u32 = 31;
+    pub(crate) const SET_INFLIGHT_FD: u32 = 32;
+    pub(crate) const RESET_DEVICE: u32 = 34;
+    pub(crate) const GET_MAX_MEM_SLOTS: u32 = 36;
+    pub(crate) const ADD_MEM_REG: u32 = 37;
+    pub(crate) const REM_MEM_REG: u32 = 38;
+    pub(crate) const SET_STATUS: u32 = 39;
+    pub(crate) const GET_STATUS: u32 = 40;
 }
 
 /// Why bytes are no message that can be followed. The conversation ends.
@@ -167,22 +167,55 @@ pub(super) enum Message {
     SetOwner,
     ResetOwner,
     SetMemTable(Vec<Region>),
-    SetLogBase { len: u64, offset: u64 },
+    SetLogBase {
+        len: u64,
+        offset: u64,
+    },
     SetLogFd,
-    SetVringNum { queue: u32, size: u32 },
-    SetVringAddr { queue: u32, addresses: UserAddresses },
-    SetVringBase { queue: u32, base: u32 },
-    GetVringBase { queue: u32 },
-    SetVringKick { queue: u32, has_fd: bool },
-    SetVringCall { queue: u32, has_fd: bool },
-    SetVringErr { queue: u32, has_fd: bool },
+    SetVringNum {
+        queue: u32,
+        size: u32,
+    },
+    SetVringAddr {
+        queue: u32,
+        addresses: UserAddresses,
+    },
+    SetVringBase {
+        queue: u32,
+        base: u32,
+    },
+    GetVringBase {
+        queue: u32,
+    },
+    SetVringKick {
+        queue: u32,
+        has_fd: bool,
+    },
+    SetVringCall {
+        queue: u32,
+        has_fd: bool,
+    },
+    SetVringErr {
+        queue: u32,
+        has_fd: bool,
+    },
     GetProtocolFeatures,
     SetProtocolFeatures(u64),
     GetQueueNum,
-    SetVringEnable { queue: u32, on: bool },
+    SetVringEnable {
+        queue: u32,
+        on: bool,
+    },
     SetBackendReqFd,
-    GetConfig { offset: u32, len: u32, flags: u32 },
-    SetConfig { offset: u32, bytes: Vec<u8> },
+    GetConfig {
+        offset: u32,
+        len: u32,
+        flags: u32,
+    },
+    SetConfig {
+        offset: u32,
+        bytes: Vec<u8>,
+    },
     GetInflightFd(InflightShape),
     SetInflightFd(InflightShape),
     ResetDevice,
@@ -285,7 +318,9 @@ impl Message {
             }
             number::GET_INFLIGHT_FD | number::SET_INFLIGHT_FD => {
                 if !InflightShape::BYTES.contains(&payload.len()) {
-                    return Err(Violation("a message whose payload has another size than its kind"));
+                    return Err(Violation(
+                        "a message whose payload has another size than its kind",
+                    ));
                 }
                 let shape = InflightShape::read(payload)?;
                 reader.skip(payload.len())?;
@@ -310,7 +345,9 @@ impl Message {
         };
         match reader.0 {
             [] => Ok(message),
-            _ => Err(Violation("a message whose payload has another size than its kind")),
+            _ => Err(Violation(
+                "a message whose payload has another size than its kind",
+            )),
         }
     }
 
@@ -441,7 +478,9 @@ impl<'a> Reader<'a> {
     fn config(&mut self, payload_bytes: usize) -> Result<(u32, u32, u32), Violation> {
         let (offset, len, flags) = (self.u32()?, self.u32()?, self.u32()?);
         let end = u64::from(offset) + u64::from(len);
-        if CONFIG_HEADER_BYTES as u64 + u64::from(len) != payload_bytes as u64 || end > CONFIG_BYTES_MAX as u64 {
+        if CONFIG_HEADER_BYTES as u64 + u64::from(len) != payload_bytes as u64
+            || end > CONFIG_BYTES_MAX as u64
+        {
             return Err(Violation("a piece of configuration outside of it"));
         }
         Ok((offset, len, flags))
@@ -477,10 +516,27 @@ mod tests {
     #[test]
     fn a_header_says_what_how_long_and_whether_a_reply_is_waited_for() {
         let plain = Header::decode(&header(11, VERSION, 8)).unwrap();
-        assert_eq!((plain.request, plain.need_reply, plain.payload_bytes), (11, false, 8));
-        assert!(Header::decode(&header(11, VERSION | FLAG_NEED_REPLY, 8)).unwrap().need_reply);
-        for (flags, size) in [(0, 8), (2, 8), (3, 8), (VERSION | FLAG_REPLY, 8), (VERSION, 1 << 20), (VERSION, u32::MAX)] {
-            assert!(Header::decode(&header(11, flags, size)).is_err(), "{flags:#x} {size}");
+        assert_eq!(
+            (plain.request, plain.need_reply, plain.payload_bytes),
+            (11, false, 8)
+        );
+        assert!(
+            Header::decode(&header(11, VERSION | FLAG_NEED_REPLY, 8))
+                .unwrap()
+                .need_reply
+        );
+        for (flags, size) in [
+            (0, 8),
+            (2, 8),
+            (3, 8),
+            (VERSION | FLAG_REPLY, 8),
+            (VERSION, 1 << 20),
+            (VERSION, u32::MAX),
+        ] {
+            assert!(
+                Header::decode(&header(11, flags, size)).is_err(),
+                "{flags:#x} {size}"
+            );
         }
     }
 
@@ -519,11 +575,17 @@ mod tests {
         for &(request, size) in sizes {
             for len in 0..64 {
                 let decoded = decode(request, &vec![0; len]);
-                assert_eq!(decoded.is_ok(), len == size, "request {request}, {len} bytes: {decoded:?}");
+                assert_eq!(
+                    decoded.is_ok(),
+                    len == size,
+                    "request {request}, {len} bytes: {decoded:?}"
+                );
             }
         }
         for request in [GET_INFLIGHT_FD, SET_INFLIGHT_FD] {
-            let right: Vec<usize> = (0..64).filter(|len| decode(request, &vec![0; *len]).is_ok()).collect();
+            let right: Vec<usize> = (0..64)
+                .filter(|len| decode(request, &vec![0; *len]).is_ok())
+                .collect();
             assert_eq!(right, [20, 24], "request {request}");
         }
     }
@@ -563,7 +625,12 @@ mod tests {
         );
         assert!(Message::SetMemTable(regions).takes_descriptors(2));
         assert!(table(REGIONS_MAX as u32, REGIONS_MAX).is_ok());
-        for (count, present) in [(2, 1), (1, 2), (u32::MAX, 2), (REGIONS_MAX as u32 + 1, REGIONS_MAX)] {
+        for (count, present) in [
+            (2, 1),
+            (1, 2),
+            (u32::MAX, 2),
+            (REGIONS_MAX as u32 + 1, REGIONS_MAX),
+        ] {
             assert!(table(count, present).is_err(), "{count} said, {present} there");
         }
     }
@@ -571,8 +638,14 @@ mod tests {
     #[test]
     fn a_notifiers_message_may_come_without_one() {
         let kick = |value: u64| decode(number::SET_VRING_KICK, &words(&[value]));
-        let with = Message::SetVringKick { queue: 5, has_fd: true };
-        let without = Message::SetVringKick { queue: 255, has_fd: false };
+        let with = Message::SetVringKick {
+            queue: 5,
+            has_fd: true,
+        };
+        let without = Message::SetVringKick {
+            queue: 255,
+            has_fd: false,
+        };
         assert!(with.takes_descriptors(1) && !with.takes_descriptors(0) && !with.takes_descriptors(2));
         assert!(without.takes_descriptors(0) && !without.takes_descriptors(1));
         assert_eq!(kick(5), Ok(with));
@@ -592,10 +665,29 @@ mod tests {
             )
         };
         let (get, set) = piece(32, 1, 1);
-        assert_eq!(get, Ok(Message::GetConfig { offset: 32, len: 1, flags: 7 }));
-        assert_eq!(set, Ok(Message::SetConfig { offset: 32, bytes: vec![0xab] }));
+        assert_eq!(
+            get,
+            Ok(Message::GetConfig {
+                offset: 32,
+                len: 1,
+                flags: 7
+            })
+        );
+        assert_eq!(
+            set,
+            Ok(Message::SetConfig {
+                offset: 32,
+                bytes: vec![0xab]
+            })
+        );
         assert!(piece(0, 256, 256).0.is_ok());
-        for (offset, len, present) in [(0, 257, 257), (1, 256, 256), (u32::MAX, 1, 1), (0, u32::MAX, 4), (0, 8, 4)] {
+        for (offset, len, present) in [
+            (0, 257, 257),
+            (1, 256, 256),
+            (u32::MAX, 1, 1),
+            (0, u32::MAX, 4),
+            (0, 8, 4),
+        ] {
             let (get, set) = piece(offset, len, present);
             assert!(get.is_err() && set.is_err(), "{offset} {len} {present}");
         }
@@ -612,13 +704,19 @@ mod tests {
         for payload_bytes in InflightShape::BYTES {
             let payload = shape.encode(payload_bytes);
             assert_eq!(payload.len(), payload_bytes);
-            assert_eq!(decode(number::GET_INFLIGHT_FD, &payload), Ok(Message::GetInflightFd(shape)));
+            assert_eq!(
+                decode(number::GET_INFLIGHT_FD, &payload),
+                Ok(Message::GetInflightFd(shape))
+            );
         }
     }
 
     #[test]
     fn replies_say_that_they_are() {
-        assert_eq!(reply(1, &words(&[7])), [&header(1, VERSION | FLAG_REPLY, 8)[..], &words(&[7])].concat());
+        assert_eq!(
+            reply(1, &words(&[7])),
+            [&header(1, VERSION | FLAG_REPLY, 8)[..], &words(&[7])].concat()
+        );
         assert_eq!(config_has_changed(), header(2, VERSION, 0));
         assert_eq!(vring_base(2, 700).to_vec(), pair(2, 700));
         assert_eq!(config(8, 1, &[9; 4]).len(), 16);

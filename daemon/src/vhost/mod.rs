@@ -18,6 +18,7 @@
 //! | [`ring`] | one split virtqueue |
 //! | [`request`] | from a chain to one checked block request |
 //! | [`inflight`] | which requests are in flight, where a crash leaves it |
+//! | [`cache_mode`] | whether the guest writes back or through, kept there as well |
 //!
 //! A front-end (QEMU, which its guest may have taken over) is hostile in every byte, and the worst that it reaches is that its
 //! own device is disconnected: nothing that it passes blocks or kills the shard's thread, which other tenants share.
@@ -25,11 +26,16 @@
 //! This room knows requests and bytes. Who may connect is decided by whoever calls [`serve`]; it deliberately knows no
 //! stores, no customers and no credentials.
 
+mod cache_mode;
 mod chain;
 mod channel;
 mod config;
 mod fault;
 mod front;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
+#[cfg(any(test, feature = "fuzzing"))]
+mod guest;
 mod inflight;
 mod leavings;
 mod mapping;
@@ -41,6 +47,8 @@ mod request;
 mod ring;
 mod session;
 mod sessions;
+#[cfg(test)]
+mod tests;
 
 use std::rc::Rc;
 
@@ -80,7 +88,10 @@ pub(crate) fn check_thread() -> std::io::Result<()> {
 /// Serves one front-end to its end. Returns when the last of its requests has ended and what it left behind is closed.
 pub(crate) async fn serve<D: Device>(stream: Stream, export: Export<D>, sessions: Rc<Sessions>) {
     let Some(seat) = sessions.enter().await else {
-        tracing::debug!(volume = export.name, "vhost-user: a front-end is turned away: there is one, or the attachment ends");
+        tracing::debug!(
+            volume = export.name,
+            "vhost-user: a front-end is turned away: there is one, or the attachment ends"
+        );
         return;
     };
     session::run(stream, export, seat).await;

@@ -211,7 +211,8 @@ impl Signals {
         };
         // It fails for nothing that could happen here; those left are collected next time.
         let collected = usize::try_from(collected).unwrap_or(0);
-        self.uncollected.set(self.uncollected.get().saturating_sub(collected));
+        self.uncollected
+            .set(self.uncollected.get().saturating_sub(collected));
     }
 }
 
@@ -234,7 +235,11 @@ mod tests {
 
     fn on_both<F: Future<Output = ()> + 'static>(test: impl Fn(Rc<Signals>) -> F) {
         for engine in [EngineChoice::Threads, EngineChoice::Uring] {
-            let runtime = Runtime::new(make_driver(engine).expect("both engines run where the tests run").0);
+            let runtime = Runtime::new(
+                make_driver(engine)
+                    .expect("both engines run where the tests run")
+                    .0,
+            );
             runtime.block_on(test(Signals::of_thread().unwrap()));
         }
     }

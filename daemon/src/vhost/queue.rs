@@ -104,7 +104,11 @@ impl<D: Device> Started<D> {
             ring.resume(&left)?;
         }
         if !left.is_empty() {
-            tracing::debug!(volume = front.name(), "vhost-user: {} requests are done again", left.len());
+            tracing::debug!(
+                volume = front.name(),
+                "vhost-user: {} requests are done again",
+                left.len()
+            );
         }
         let queue = Rc::new(Queue {
             front: front.clone(),
@@ -243,6 +247,9 @@ impl<D: Device> Queue<D> {
             area.about_to_use(head)?;
         }
         ring.push_used(&memory, log.as_deref(), head, len)?;
+        if log.is_some_and(|log| log.is_broken()) {
+            return Err(Fault::Gone);
+        }
         if let Some(area) = &*area {
             area.used(head, ring.used_index())?;
         }
@@ -335,7 +342,8 @@ impl<D: Device> Job<D> {
             }
             Kind::Flush => ("flush", device.flush().await),
             Kind::Discard { ranges } => {
-                let trim = async |&(offset, len): &(u64, u64), last| device.trim(offset, len, fua && last).await;
+                let trim =
+                    async |&(offset, len): &(u64, u64), last| device.trim(offset, len, fua && last).await;
                 ("discard", self.each(ranges, trim).await)
             }
             Kind::WriteZeroes { ranges } => {

@@ -37,7 +37,7 @@ const TYPE_GET_ID: u32 = 8;
 const TYPE_DISCARD: u32 = 11;
 const TYPE_WRITE_ZEROES: u32 = 13;
 
-/// In a range's flags: the zeros need not be stored.
+/// In a range's flags, of writing zeroes alone: the zeros need not be stored.
 const UNMAP: u32 = 1;
 
 /// What the device is and what was agreed on.
@@ -267,11 +267,11 @@ fn judge(memory: &GuestMemory, chain: &Chain, rules: &Rules) -> Result<Result<Ki
         }),
         TYPE_DISCARD => match rules.discard {
             None => Err(UNSUPP),
-            Some(max) => ranges(memory, chain, payload, rules, max)?.and_then(discard),
+            Some(max) => ranges(memory, chain, payload, rules, max, 0)?.map(discard),
         },
         TYPE_WRITE_ZEROES => match rules.write_zeroes {
             None => Err(UNSUPP),
-            Some(max) => ranges(memory, chain, payload, rules, max)?.and_then(write_zeroes),
+            Some(max) => ranges(memory, chain, payload, rules, max, UNMAP)?.map(write_zeroes),
         },
         _ => Err(UNSUPP),
     })
@@ -306,6 +306,7 @@ fn ranges(
     payload: u64,
     rules: &Rules,
     max: RangesMax,
+    flags_allowed: u32,
 ) -> Result<Result<Ranges, Status>, Fault> {
     let count = payload / RANGE_BYTES as u64;
     let in_shape = payload % RANGE_BYTES as u64 == 0 && (1..=u64::from(max.ranges)).contains(&count);
@@ -319,7 +320,7 @@ fn ranges(
         let sector = u64::from_le_bytes([*s0, *s1, *s2, *s3, *s4, *s5, *s6, *s7]);
         let sectors = u32::from_le_bytes([*n0, *n1, *n2, *n3]);
         let flags = u32::from_le_bytes([*f0, *f1, *f2, *f3]);
-        if flags & !UNMAP != 0 {
+        if flags & !flags_allowed != 0 {
             return Ok(Err(UNSUPP));
         }
         let offset = match rules.offset(sector, u64::from(sectors)) {
@@ -333,24 +334,20 @@ fn ranges(
     Ok(Ok(ranges))
 }
 
-fn discard(ranges: Ranges) -> Result<Kind, Status> {
-    // The flag is for writing zeroes alone.
-    if ranges.iter().any(|(_, _, flags)| flags & UNMAP != 0) {
-        return Err(UNSUPP);
-    }
+fn discard(ranges: Ranges) -> Kind {
     let ranges = ranges.into_iter().map(|(offset, len, _)| (offset, len));
-    Ok(Kind::Discard {
+    Kind::Discard {
         ranges: ranges.collect(),
-    })
+    }
 }
 
-fn write_zeroes(ranges: Ranges) -> Result<Kind, Status> {
+fn write_zeroes(ranges: Ranges) -> Kind {
     let ranges = ranges
         .into_iter()
         .map(|(offset, len, flags)| (offset, len, flags & UNMAP != 0));
-    Ok(Kind::WriteZeroes {
+    Kind::WriteZeroes {
         ranges: ranges.collect(),
-    })
+    }
 }
 
 #[cfg(test)]

@@ -52,8 +52,9 @@ pub(super) struct Ring {
     next_used: u16,
     /// The used index when it was last asked whether to call. `None`: never.
     called_at: Option<u16>,
-    /// Heads in flight.
-    in_flight: Vec<bool>,
+    /// Which heads are in flight, and how many.
+    taken: Vec<bool>,
+    in_flight: u16,
 }
 
 impl Ring {
@@ -91,7 +92,8 @@ impl Ring {
             seen_avail: base,
             next_used,
             called_at: None,
-            in_flight: vec![false; usize::from(size)],
+            taken: vec![false; usize::from(size)],
+            in_flight: 0,
         };
         if ring.distance(base) > size {
             return Err(Fault::Ring("a queue whose used index is not near its base"));
@@ -105,7 +107,8 @@ impl Ring {
     /// # Errors
     /// A head that is none of the queue, or is there twice.
     pub(super) fn resume(&mut self, pending: &[u16]) -> Result<(), Fault> {
-        self.in_flight.fill(false);
+        self.taken.fill(false);
+        self.in_flight = 0;
         for head in pending {
             self.enter(*head)?;
         }
@@ -141,11 +144,6 @@ impl Ring {
         Chain::walk(memory, self.addresses.desc, self.size, head)
     }
 
-    /// Entries of the queue.
-    pub(super) fn size(&self) -> u16 {
-        self.size
-    }
-
     /// Writes to the used ring are logged there from now on, or not any more.
     pub(super) fn log_used_at(&mut self, at: Option<u64>) {
         self.addresses.log_used = at;
@@ -162,8 +160,9 @@ impl Ring {
     }
 
     /// Heads taken and not given back.
+    #[cfg(test)]
     pub(super) fn in_flight(&self) -> usize {
-        self.in_flight.iter().filter(|head| **head).count()
+        usize::from(self.in_flight)
     }
 
     /// Gives a head back, with the number of bytes written for it: the entry, then the index.
@@ -180,9 +179,10 @@ impl Ring {
         head: u16,
         len: u32,
     ) -> Result<(), Fault> {
-        let taken = &mut self.in_flight[usize::from(head)];
+        let taken = &mut self.taken[usize::from(head)];
         assert!(*taken, "a head that is given back was taken");
         *taken = false;
+        self.in_flight -= 1;
         let entry = RING_HEADER_BYTES + USED_ENTRY_BYTES * u64::from(self.next_used % self.size);
         memory.store_u32(self.addresses.used + entry, u32::from(head))?;
         memory.store_u32(self.addresses.used + entry + 4, len)?;
@@ -272,11 +272,12 @@ impl Ring {
     }
 
     fn enter(&mut self, head: u16) -> Result<(), Fault> {
-        match self.in_flight.get_mut(usize::from(head)) {
+        match self.taken.get_mut(usize::from(head)) {
             None => Err(Fault::Ring("a head outside its queue")),
             Some(true) => Err(Fault::Ring("a head that is in flight already")),
             Some(taken) => {
                 *taken = true;
+                self.in_flight += 1;
                 Ok(())
             }
         }

@@ -5,7 +5,7 @@
 //! device. A queue begins when it has a kick and is enabled, and ends with GET_VRING_BASE or a reset, which are answered
 //! after its last request has been. Queues that run keep their place: of what describes them, only the log may change.
 //!
-//! The guest's memory outlives a reset, for front-ends tell only what has changed of it.
+//! The guest's memory and the cache's mode outlive a reset, for front-ends tell only what has changed of them.
 //!
 //! Source: QEMU docs/interop/vhost-user, "Communication", "Front-end message types".
 
@@ -20,6 +20,7 @@ use libvol::runtime::net::Stream;
 use libvol::runtime::{spawn, yield_now};
 
 use super::Export;
+use super::cache_mode::CacheMode;
 use super::channel::{Channel, End, Received};
 use super::config::{WRITEBACK_AT, feature, offered, protocol, space};
 use super::fault::BadMemory;
@@ -31,7 +32,7 @@ use super::message::{self, InflightShape, Message, UserAddresses};
 use super::notify::{Call, Kick, Signals};
 use super::queue::{CallPlace, Setup, Started};
 use super::ring::RingAddresses;
-use super::sessions::Seat;
+use super::sessions::{Member, Seat};
 use crate::device::Device;
 
 /// Turns that a cancelled wait for the socket may take to let go of it.
@@ -61,6 +62,8 @@ pub(super) async fn run<D: Device>(stream: Stream, export: Export<D>, seat: Seat
         signals,
         leavings: &leavings,
         memory_files: Vec::new(),
+        has_started: false,
+        cache_mode: None,
         protocol: 0,
         status: 0,
         queues: Vec::new(),
@@ -97,6 +100,10 @@ struct Session<'a, D> {
     leavings: &'a Leavings,
     /// The files of the guest's memory as it is now, kept so that none is let go by unmapping it.
     memory_files: Vec<(Region, OwnedFd)>,
+    /// Whether a queue has been started.
+    has_started: bool,
+    /// Where the cache's mode is noted.
+    cache_mode: Option<CacheMode>,
     /// Agreed protocol features.
     protocol: u64,
     status: u64,
@@ -187,7 +194,9 @@ impl<D: Device> Session<'_, D> {
             wrong => {
                 self.leavings.put_all(descriptors);
                 wrong?;
-                return Err(End::Violation("another number of descriptors than a message takes"));
+                return Err(End::Violation(
+                    "another number of descriptors than a message takes",
+                ));
             }
         };
         let has_reply = message.has_reply();
@@ -206,7 +215,11 @@ impl<D: Device> Session<'_, D> {
             Ok(Answer::Done) if needs_ack => self.acknowledge(header.request, 0),
             Ok(Answer::Done) => Ok(()),
             Err(Refused(why)) if needs_ack && !has_reply => {
-                tracing::debug!(volume = self.front.name(), "vhost-user: {message_name} refused: {why}", message_name = header.request);
+                tracing::debug!(
+                    volume = self.front.name(),
+                    "vhost-user: {message_name} refused: {why}",
+                    message_name = header.request
+                );
                 self.acknowledge(header.request, 1)
             }
             Err(Refused(why)) => Err(End::Refused(why)),
@@ -360,7 +373,9 @@ impl<D: Device> Session<'_, D> {
         files: impl Iterator<Item = OwnedFd>,
     ) -> Result<(), Refused> {
         let files: Vec<(Region, OwnedFd)> = regions.into_iter().zip(files).collect();
-        let copies = files.iter().map(|(region, file)| Ok((*region, file.try_clone()?)));
+        let copies = files
+            .iter()
+            .map(|(region, file)| Ok((*region, file.try_clone()?)));
         let memory = copies
             .collect::<std::io::Result<Vec<_>>>()
             .map_err(Refused::from)
@@ -397,7 +412,8 @@ impl<D: Device> Session<'_, D> {
     fn remove_memory(&mut self, region: &Region) -> Result<(), Refused> {
         let memory = self.front.memory().without(region)?;
         self.front.set_memory(memory);
-        let same = |other: &Region| (other.guest, other.user, other.len) == (region.guest, region.user, region.len);
+        let same =
+            |other: &Region| (other.guest, other.user, other.len) == (region.guest, region.user, region.len);
         let (gone, kept) = std::mem::take(&mut self.memory_files)
             .into_iter()
             .partition(|(other, _)| same(other));
@@ -412,7 +428,8 @@ impl<D: Device> Session<'_, D> {
             && socket_type(&socket) == Ok(SocketType::STREAM);
         match is_stream {
             true => {
-                self.leavings.put_all(self.front.set_backend_channel(Some(socket)));
+                self.leavings
+                    .put_all(self.front.set_backend_channel(Some(socket)));
                 Ok(())
             }
             false => {
@@ -449,6 +466,13 @@ impl<D: Device> Session<'_, D> {
         for (queue, area) in areas.into_iter().enumerate() {
             self.place(queue as u32)?.area = Some(area);
         }
+        self.cache_mode = CacheMode::behind(file, offset, len, queues, queue_size);
+        if let Some(mode) = &self.cache_mode {
+            match mode.noted() {
+                Some(back) => self.front.set_writeback(back),
+                None => mode.note(self.front.writeback()),
+            }
+        }
         Ok(())
     }
 
@@ -475,6 +499,9 @@ impl<D: Device> Session<'_, D> {
             }
         }
         front.set_writeback(writeback);
+        if let Some(mode) = &self.cache_mode {
+            mode.note(writeback);
+        }
         Ok(())
     }
 
@@ -541,6 +568,10 @@ impl<D: Device> Session<'_, D> {
             call: place.call.clone(),
         };
         place.started = Some(Started::new(&front, setup)?);
+        if !std::mem::replace(&mut self.has_started, true) {
+            // The volume may have grown while nobody was there to tell: one that comes back does not look.
+            front.configuration_changed();
+        }
         Ok(())
     }
 
@@ -564,6 +595,5 @@ impl<D: Device> Session<'_, D> {
             let place = &mut self.queues[index];
             (place.enabled, place.base) = (false, 0);
         }
-        self.front.set_writeback(true);
     }
 }

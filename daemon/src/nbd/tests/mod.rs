@@ -2,7 +2,6 @@
 //! the protocol in front of it. Client and server share one runtime, so a test sees both sides.
 
 mod client;
-mod device;
 mod extended;
 mod fencing;
 mod handshake;
@@ -26,8 +25,8 @@ use libvol::runtime::{
 };
 
 use super::{Export, Exports, Lookup, Sessions, serve_device};
+use crate::device::memory::Memory;
 use client::Client;
-use device::Memory;
 
 /// Long enough that only a hang reaches it.
 const FAR: Duration = Duration::from_secs(120);

@@ -9,11 +9,11 @@ use libvol::error::{Error, Kind, Result};
 use libvol::runtime::sync::Notify;
 use libvol::volume::{BlockKind, PlainPart};
 
-use crate::device::Device;
+use super::Device;
 
 const BLOCK: usize = 4096;
 
-pub(super) struct Memory {
+pub(crate) struct Memory {
     bytes: RefCell<Vec<u8>>,
     /// Which blocks are data.
     data: RefCell<Vec<bool>>,
@@ -24,14 +24,14 @@ pub(super) struct Memory {
     opened: Notify,
     failing: Cell<Option<Kind>>,
     /// What it was asked, in the order of starting.
-    pub(super) log: RefCell<Vec<String>>,
-    pub(super) running: Cell<usize>,
-    pub(super) running_max: Cell<usize>,
-    pub(super) ended: Cell<usize>,
+    pub(crate) log: RefCell<Vec<String>>,
+    pub(crate) running: Cell<usize>,
+    pub(crate) running_max: Cell<usize>,
+    pub(crate) ended: Cell<usize>,
 }
 
 impl Memory {
-    pub(super) fn new(size_bytes: usize) -> Rc<Self> {
+    pub(crate) fn new(size_bytes: usize) -> Rc<Self> {
         Rc::new(Self {
             bytes: RefCell::new(vec![0; size_bytes]),
             data: RefCell::new(vec![false; size_bytes.div_ceil(BLOCK)]),
@@ -48,31 +48,31 @@ impl Memory {
     }
 
     /// Requests that start from now on wait for [`Memory::release`].
-    pub(super) fn hold(&self) {
+    pub(crate) fn hold(&self) {
         self.held.set(true);
     }
 
-    pub(super) fn release(&self) {
+    pub(crate) fn release(&self) {
         self.held.set(false);
         self.opened.notify_all();
     }
 
     /// Requests fail like this from now on.
-    pub(super) fn fail(&self, kind: Option<Kind>) {
+    pub(crate) fn fail(&self, kind: Option<Kind>) {
         self.failing.set(kind);
     }
 
-    pub(super) fn grow(&self, size_bytes: usize) {
+    pub(crate) fn grow(&self, size_bytes: usize) {
         self.bytes.borrow_mut().resize(size_bytes, 0);
         self.data.borrow_mut().resize(size_bytes.div_ceil(BLOCK), false);
         self.size_bytes.set(size_bytes);
     }
 
-    pub(super) fn contents(&self, at: usize, len: usize) -> Vec<u8> {
+    pub(crate) fn contents(&self, at: usize, len: usize) -> Vec<u8> {
         self.bytes.borrow()[at..at + len].to_vec()
     }
 
-    pub(super) fn fill(&self, at: usize, bytes: &[u8]) {
+    pub(crate) fn fill(&self, at: usize, bytes: &[u8]) {
         self.bytes.borrow_mut()[at..at + bytes.len()].copy_from_slice(bytes);
         self.mark(at, bytes.len(), true);
     }
