@@ -101,12 +101,13 @@ fn of_the_configuration_only_the_cache_can_be_set() {
     }
     let before = front_end.config(0, 60).unwrap();
     drop(front_end);
+    // (What is there already may be written again.)
     for (offset, bytes) in [
         (0, vec![0xff; 8]),
         (20, vec![0, 16, 0, 0]),
-        (WRITEBACK, vec![0; 2]),
-        (WRITEBACK - 1, vec![0; 2]),
-        (WRITEBACK, vec![]),
+        (WRITEBACK, vec![0, 1]),
+        (WRITEBACK - 1, vec![1, 0]),
+        (WRITEBACK, vec![2]),
         (60, vec![1]),
         (256, vec![1]),
         (u32::MAX, vec![1]),
