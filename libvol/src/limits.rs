@@ -80,7 +80,7 @@ pub const VHOST_REQUEST_BYTES_MAX: u64 = 32 << 20;
 /// Entries of one virtqueue, and of one indirect table.
 pub const VHOST_QUEUE_SIZE_MAX: u16 = 1024;
 /// Requests in flight of one vhost-user front-end, over all its queues: a queue of the largest size. The largest chain is
-/// remembered in 16 KiB, so 16 MiB.
+/// remembered in 32 KiB (2,047 parts), so 32 MiB.
 pub const VHOST_REQUESTS_IN_FLIGHT: usize = VHOST_QUEUE_SIZE_MAX as usize;
 /// Virtqueues of one device.
 pub const VHOST_QUEUES_MAX: u16 = 128;

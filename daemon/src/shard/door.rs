@@ -172,9 +172,17 @@ impl Door {
 
     async fn accept(self: Rc<Self>) {
         while !self.closed.get() {
+            if let Sessions::VhostUser(sessions, _) = &self.sessions {
+                sessions.room().await;
+            }
             match self.listener.accept().await {
                 // Closed while the connection was on its way: it is dropped.
-                Ok(_) if self.closed.get() => break,
+                Ok(stream) if self.closed.get() => {
+                    if let Sessions::VhostUser(sessions, _) = &self.sessions {
+                        drop(sessions.incoming(stream));
+                    }
+                    break;
+                }
                 Ok(stream) => self.admit(stream),
                 Err(_) if self.closed.get() => break,
                 Err(e) => {
@@ -187,13 +195,41 @@ impl Door {
     }
 
     fn admit(self: &Rc<Self>, stream: Stream) {
+        match &self.sessions {
+            Sessions::Nbd(sessions) => {
+                if let Some(peer) = self.judge(&stream) {
+                    let exports = Rc::new(Shown {
+                        door: self.clone(),
+                        peer,
+                    });
+                    spawn(nbd::serve(stream, exports, sessions.clone())).detach();
+                }
+            }
+            Sessions::VhostUser(sessions, broken) => {
+                let incoming = sessions.incoming(stream);
+                if self.judge(incoming.stream()).is_some() {
+                    let export = vhost::Export {
+                        name: self.export.clone(),
+                        serial: serial(self.facts.volume),
+                        read_only: self.read_only,
+                        volume: self.volume.clone(),
+                        broken: broken.clone(),
+                    };
+                    spawn(vhost::serve(incoming, export, sessions.clone())).detach();
+                }
+            }
+        }
+    }
+
+    /// Who has come, if it may.
+    fn judge(&self, stream: &Stream) -> Option<Peer> {
         let peer = match rustix::net::sockopt::socket_peercred(stream.socket()) {
             Ok(peer) => peer,
             Err(e) => {
                 self.turned_away.say(|times| {
                     tracing::warn!(volume = %self.export, vm = %self.vm, times, "a peer without credentials is turned away: {e}");
                 });
-                return;
+                return None;
             }
         };
         let (uid, pid) = (peer.uid.as_raw(), peer.pid.as_raw_nonzero());
@@ -202,28 +238,10 @@ impl Door {
             self.turned_away.say(|times| {
                 tracing::warn!(volume = %self.export, vm = %self.vm, uid, pid, times, "a connection is turned away: {why}");
             });
-            return;
+            return None;
         }
         self.log_connection(&format!("uid {uid}, pid {pid}"));
-        match &self.sessions {
-            Sessions::Nbd(sessions) => {
-                let exports = Rc::new(Shown {
-                    door: self.clone(),
-                    peer: who,
-                });
-                spawn(nbd::serve(stream, exports, sessions.clone())).detach();
-            }
-            Sessions::VhostUser(sessions, broken) => {
-                let export = vhost::Export {
-                    name: self.export.clone(),
-                    serial: serial(self.facts.volume),
-                    read_only: self.read_only,
-                    volume: self.volume.clone(),
-                    broken: broken.clone(),
-                };
-                spawn(vhost::serve(stream, export, sessions.clone())).detach();
-            }
-        }
+        Some(who)
     }
 
     /// Goes on with a VM that has come over TLS and asks for this volume.

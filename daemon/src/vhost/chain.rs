@@ -130,6 +130,11 @@ impl Chain {
         self.writable_bytes
     }
 
+    /// How many parts it has.
+    pub(super) fn parts(&self) -> usize {
+        self.parts.len()
+    }
+
     /// The address of the last byte to write.
     pub(super) fn last_writable(&self) -> Option<u64> {
         let last = self.parts[self.readable..].last()?;

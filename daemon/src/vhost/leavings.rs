@@ -1,34 +1,86 @@
-//! What a front-end leaves behind: descriptors that must not be closed on a shard's thread.
+//! What front-ends leave behind: descriptors that must not be closed on a shard's thread.
 //!
 //! Whoever holds the last reference to a file pays for its end, and a front-end decides when that is and what it costs: the
-//! memory of a whole guest is given back page by page, a file of a user's own file system asks that user, a socket may linger.
-//! So descriptors whose kind is not known to be harmless are closed on a thread of their own. Who waits for that is the next
-//! front-end of the same attachment, and nobody else, so that there are few such threads at a time.
+//! memory of a whole guest is given back page by page, a file of a user's own file system asks that user, a socket may linger,
+//! also one in a message that nobody has read. So descriptors whose kind is not known to be harmless, the front-end's own
+//! socket among them, are closed on a thread that the attachment has for it, and that ends when it has nothing to do. When that
+//! hangs, its own attachment waits: who has left [`UNCLOSED_MAX`] is not listened to before some are closed. Where no thread can
+//! be had they stay open, and that is logged.
 
 use std::cell::RefCell;
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::Duration;
 
-use tokio::sync::oneshot;
+use libvol::runtime::net::Stream;
+use libvol::runtime::yield_now;
+use tokio::sync::Notify;
 
-/// So many are closed together while the front-end is there. Memory that is plugged and unplugged leaves a few now and then.
-const TOGETHER: usize = 32;
+/// Descriptors of one attachment that are not closed yet.
+const UNCLOSED_MAX: usize = 256;
+/// A thread that has had nothing to close for so long ends.
+const IDLE: Duration = Duration::from_secs(1);
 
-/// See the module's text. Dropped without [`Leavings::close`], it closes all the same, and nobody waits.
+/// See the module's text.
 #[derive(Default)]
 pub(super) struct Leavings {
-    descriptors: RefCell<Vec<OwnedFd>>,
-    closing: RefCell<Vec<oneshot::Receiver<()>>>,
+    closer: RefCell<Option<Sender<Left>>>,
+    unclosed: Arc<Unclosed>,
+}
+
+#[derive(Default)]
+struct Unclosed {
+    count: AtomicUsize,
+    fewer: Notify,
+}
+
+/// One of them. Dropping it closes it, which only the thread does.
+struct Left {
+    descriptor: Option<OwnedFd>,
+    unclosed: Arc<Unclosed>,
+}
+
+impl Drop for Left {
+    fn drop(&mut self) {
+        drop(self.descriptor.take());
+        self.unclosed.count.fetch_sub(1, Ordering::AcqRel);
+        self.unclosed.fewer.notify_waiters();
+    }
 }
 
 impl Leavings {
     /// One more.
     pub(super) fn put(&self, descriptor: OwnedFd) {
-        let mut descriptors = self.descriptors.borrow_mut();
-        descriptors.push(descriptor);
-        if descriptors.len() >= TOGETHER {
-            let all = std::mem::take(&mut *descriptors);
-            drop(descriptors);
-            self.begin(all);
+        self.unclosed.count.fetch_add(1, Ordering::AcqRel);
+        let mut left = Left {
+            descriptor: Some(descriptor),
+            unclosed: self.unclosed.clone(),
+        };
+        let mut closer = self.closer.borrow_mut();
+        if let Some(sender) = &*closer {
+            match sender.send(left) {
+                Ok(()) => return,
+                // The thread has ended meanwhile.
+                Err(back) => left = back.0,
+            }
+        }
+        let (sender, receiver) = channel();
+        let thread = std::thread::Builder::new().name("vhost-close".into());
+        match thread.spawn(move || close_all(&receiver)) {
+            Ok(_) => {
+                // It waits for one at least a second.
+                if let Err(back) = sender.send(left) {
+                    keep_open(back.0);
+                }
+                *closer = Some(sender);
+            }
+            Err(e) => {
+                tracing::error!("vhost-user: a descriptor stays open, there is no thread to close it: {e}");
+                keep_open(left);
+            }
         }
     }
 
@@ -39,46 +91,89 @@ impl Leavings {
             .for_each(|descriptor| self.put(descriptor));
     }
 
-    /// Closes all, and returns when they are.
-    pub(super) async fn close(&self) {
-        self.begin(self.descriptors.take());
-        for closed in self.closing.take() {
-            // It is dropped with the thread, whatever becomes of that.
-            let _ = closed.await;
-        }
+    /// Waits until there are not too many.
+    pub(super) async fn room(&self) {
+        self.at_most(UNCLOSED_MAX).await;
     }
 
-    #[cfg(test)]
-    pub(super) fn len(&self) -> usize {
-        self.descriptors.borrow().len()
+    /// Waits until all are closed.
+    pub(super) async fn all_closed(&self) {
+        self.at_most(0).await;
     }
 
-    fn begin(&self, descriptors: Vec<OwnedFd>) {
-        if descriptors.is_empty() {
-            return;
-        }
-        let (done, closed) = oneshot::channel();
-        let thread = std::thread::Builder::new().name("vhost-close".into());
-        let begun = thread.spawn(move || {
-            drop(descriptors);
-            let _ = done.send(());
-        });
-        match begun {
-            Ok(_) => {
-                let mut closing = self.closing.borrow_mut();
-                closing.retain_mut(|closed| {
-                    matches!(closed.try_recv(), Err(oneshot::error::TryRecvError::Empty))
-                });
-                closing.push(closed);
+    async fn at_most(&self, count: usize) {
+        loop {
+            let fewer = self.unclosed.fewer.notified();
+            let mut fewer = std::pin::pin!(fewer);
+            // From here on it is told.
+            fewer.as_mut().enable();
+            if self.len() <= count {
+                return;
             }
-            // They went with the closure: a process without a thread to spare has worse worries.
-            Err(e) => tracing::error!("vhost-user: no thread to close descriptors: {e}"),
+            fewer.await;
+        }
+    }
+
+    /// Descriptors that are not closed yet.
+    pub(super) fn len(&self) -> usize {
+        self.unclosed.count.load(Ordering::Acquire)
+    }
+}
+
+/// The thread.
+fn close_all(descriptors: &Receiver<Left>) {
+    loop {
+        match descriptors.recv_timeout(IDLE) {
+            Ok(left) => drop(left),
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return,
         }
     }
 }
 
-impl Drop for Leavings {
+/// Not counted any more, and never closed.
+fn keep_open(mut left: Left) {
+    std::mem::forget(left.descriptor.take());
+}
+
+/// A front-end's socket, from its coming on. However it goes, the last reference is closed with what it leaves.
+pub(crate) struct Incoming {
+    stream: Option<Stream>,
+    last: Option<OwnedFd>,
+    leavings: Rc<Leavings>,
+}
+
+impl Incoming {
+    pub(super) fn new(stream: Stream, leavings: Rc<Leavings>) -> Self {
+        let last = stream.socket().try_clone();
+        if last.is_err() {
+            // Out of descriptors. A reference that is never given up keeps it from being closed here.
+            tracing::error!("vhost-user: a socket stays open, there is no descriptor to close it by");
+            std::mem::forget(stream.clone());
+            stream.shutdown();
+        }
+        Self {
+            stream: Some(stream),
+            last: last.ok(),
+            leavings,
+        }
+    }
+
+    /// The socket.
+    pub(crate) fn stream(&self) -> &Stream {
+        self.stream.as_ref().expect("there until it is dropped")
+    }
+
+    /// Waits until nobody else uses it: operations that were given up let go of it some turns later.
+    pub(super) async fn alone(&self) {
+        while self.last.is_some() && self.stream().is_shared() {
+            yield_now().await;
+        }
+    }
+}
+
+impl Drop for Incoming {
     fn drop(&mut self) {
-        self.begin(self.descriptors.take());
+        drop(self.stream.take());
+        self.leavings.put_all(self.last.take());
     }
 }

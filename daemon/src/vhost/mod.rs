@@ -52,11 +52,11 @@ mod tests;
 
 use std::rc::Rc;
 
-use libvol::runtime::net::Stream;
 use libvol::volume::Volume;
 
 use crate::device::Device;
 use crate::seldom::Seldom;
+pub(crate) use leavings::Incoming;
 use notify::Signals;
 pub(crate) use sessions::Sessions;
 
@@ -86,7 +86,7 @@ pub(crate) fn check_thread() -> std::io::Result<()> {
 }
 
 /// Serves one front-end to its end. Returns when the last of its requests has ended and what it left behind is closed.
-pub(crate) async fn serve<D: Device>(stream: Stream, export: Export<D>, sessions: Rc<Sessions>) {
+pub(crate) async fn serve<D: Device>(incoming: Incoming, export: Export<D>, sessions: Rc<Sessions>) {
     let Some(seat) = sessions.enter().await else {
         tracing::debug!(
             volume = export.name,
@@ -94,5 +94,5 @@ pub(crate) async fn serve<D: Device>(stream: Stream, export: Export<D>, sessions
         );
         return;
     };
-    session::run(stream, export, seat).await;
+    session::run(incoming, export, seat).await;
 }

@@ -14,6 +14,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::pin::pin;
 use std::rc::Rc;
+use std::time::Duration;
 
 use futures_util::future::select;
 
@@ -21,7 +22,7 @@ use libvol::crypto::seal::PlainBuf;
 use libvol::error::{Error, Result};
 use libvol::limits::BLOCK_SIZE;
 use libvol::runtime::sync::{InFlight, InFlightGuard, Notify, Permits};
-use libvol::runtime::{Task, spawn, yield_now};
+use libvol::runtime::{Task, sleep, spawn, yield_now};
 use libvol::volume::PlainPart;
 
 use super::config::feature;
@@ -36,6 +37,16 @@ use crate::device::Device;
 
 /// Heads taken before other tasks get a turn.
 const HEADS_A_TURN: usize = 32;
+/// Parts of chains, likewise: a chain has up to 2,047.
+const PARTS_A_TURN: usize = 512;
+
+/// After so many kicks for nothing, the next one is not looked for at once: an eventfd can be made so that it never is quiet.
+const IN_VAIN_MAX: usize = 64;
+/// But after this.
+const IN_VAIN_PAUSE: Duration = Duration::from_millis(1);
+
+/// Bytes copied for a request before other tasks get a turn: some hundred microseconds.
+const BYTES_A_TURN: usize = 1 << 20;
 
 /// Where a queue calls; it is replaced while the queue runs.
 pub(super) type CallPlace = Rc<RefCell<Option<Call>>>;
@@ -168,27 +179,44 @@ impl<D: Device> Queue<D> {
     }
 
     async fn work(self: Rc<Self>, kick: Kick) {
+        let mut in_vain = 0;
         loop {
             let news = self.news.get();
-            if let Err(fault) = self.take_available().await {
-                return self.front.fail(fault);
+            match self.take_available().await {
+                Err(fault) => return self.front.fail(fault),
+                Ok(0) => in_vain += 1,
+                Ok(_) => in_vain = 0,
             }
             if self.stopping.get() || self.front.is_cut() {
                 return;
             }
             let told = self.changed.until(|| (self.news.get() != news).then_some(()));
-            select(pin!(kick.wait()), told).await;
+            let kicked = async {
+                if in_vain >= IN_VAIN_MAX {
+                    sleep(IN_VAIN_PAUSE).await;
+                }
+                kick.wait().await;
+            };
+            select(pin!(kicked), told).await;
         }
     }
 
-    /// Takes what there is, and has the guest kick for more.
-    async fn take_available(self: &Rc<Self>) -> Result<(), Fault> {
+    /// Takes what there is, and has the guest kick for more. Gives how many there were.
+    async fn take_available(self: &Rc<Self>) -> Result<usize, Fault> {
         let mut taken: usize = 0;
-        while self.may_take() {
+        let mut parts = 0;
+        loop {
             let memory = self.front.memory();
-            let left = self.left.borrow_mut().pop_front();
+            // A queue that stops says where it stands, and those are behind it.
+            let takes_left = self.may_take() || (self.stopping.get() && !self.front.is_cut());
+            let left = match takes_left {
+                true => self.left.borrow_mut().pop_front(),
+                false => None,
+            };
             if let Some(head) = left {
-                self.take(head, &memory).await?;
+                parts += self.take(head, &memory).await?;
+            } else if !self.may_take() {
+                break;
             } else {
                 let next = self.ring.borrow_mut().next(&memory)?;
                 let Some(head) = next else {
@@ -205,27 +233,30 @@ impl<D: Device> Queue<D> {
                 if let Some(area) = &mut *self.area.borrow_mut() {
                     area.started(head)?;
                 }
-                self.take(head, &memory).await?;
+                parts += self.take(head, &memory).await?;
             }
             taken += 1;
-            if taken.is_multiple_of(HEADS_A_TURN) {
+            if taken.is_multiple_of(HEADS_A_TURN) || parts >= PARTS_A_TURN {
+                parts = 0;
                 yield_now().await;
             }
         }
-        Ok(())
+        Ok(taken)
     }
 
-    /// A head that is marked as in flight.
-    async fn take(self: &Rc<Self>, head: u16, memory: &Rc<GuestMemory>) -> Result<(), Fault> {
+    /// A head that is marked as in flight. Gives how many parts its chain may have.
+    async fn take(self: &Rc<Self>, head: u16, memory: &Rc<GuestMemory>) -> Result<usize, Fault> {
         let parsed = Parsed::read(memory, &self.ring.borrow(), head, &self.front.rules())?;
         match parsed {
             Parsed::Refused(refusal) => {
                 let len = refusal.finish(memory, self.front.log().as_deref())?;
-                self.give_back(head, len)
+                self.give_back(head, len)?;
+                Ok(PARTS_A_TURN)
             }
             Parsed::Request(request) => {
                 // Counted before it waits, so that a queue that stops waits for it.
                 let counted = [self.in_flight.enter(), self.front.in_flight().enter()];
+                let parts = request.parts();
                 let places = self.front.places(request.data_len() as usize).await;
                 self.front.admit(Job {
                     queue: self.clone(),
@@ -234,7 +265,7 @@ impl<D: Device> Queue<D> {
                     _places: places,
                     _counted: counted,
                 });
-                Ok(())
+                Ok(parts)
             }
         }
     }
@@ -276,8 +307,9 @@ impl<D: Device> Queue<D> {
             Ok(false) => {}
             // Without one the guest looks by itself.
             Ok(true) => {
-                if let Some(call) = &*self.call.borrow() {
-                    call.call();
+                let is_bearable = self.call.borrow().as_ref().is_none_or(Call::call);
+                if !is_bearable {
+                    self.front.fail("to call its guest takes too long");
                 }
             }
             Err(fault) => self.front.fail(fault),
@@ -295,7 +327,7 @@ pub(super) struct Job<D> {
 }
 
 /// What a read that finds nothing gives.
-static ZEROS: [u8; BLOCK_SIZE] = [0; BLOCK_SIZE];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 impl<D: Device> Job<D> {
     /// Carries it out and answers it, unless its front-end goes before.
@@ -328,7 +360,7 @@ impl<D: Device> Job<D> {
             Kind::Read { offset, len } => match device.read(*offset, *len).await {
                 Ok(_) if front.is_cut() => return Ok(STATUS_IOERR),
                 Ok(parts) => {
-                    self.bring(&parts)?;
+                    self.bring(&parts).await?;
                     ("read", Ok(()))
                 }
                 Err(e) => ("read", Err(e)),
@@ -337,7 +369,16 @@ impl<D: Device> Job<D> {
                 let bytes = *len as usize;
                 // Whole blocks, so that a sub-block write can be completed in place.
                 let mut buf = device.pool().get(bytes.next_multiple_of(BLOCK_SIZE));
-                self.request.gather(&self.memory, &mut buf[..bytes])?;
+                for from in (0..bytes).step_by(BYTES_A_TURN) {
+                    if from > 0 {
+                        yield_now().await;
+                        if front.is_cut() {
+                            return Ok(STATUS_IOERR);
+                        }
+                    }
+                    let to = bytes.min(from + BYTES_A_TURN);
+                    self.request.gather_from(&self.memory, from, &mut buf[from..to])?;
+                }
                 ("write", device.write(*offset, PlainBuf(buf), *len, fua).await)
             }
             Kind::Flush => ("flush", device.flush().await),
@@ -381,28 +422,43 @@ impl<D: Device> Job<D> {
         Ok(())
     }
 
-    /// Copies what was read to the guest.
-    fn bring(&self, parts: &[PlainPart]) -> Result<(), Fault> {
-        let log = self.queue.front.log();
-        let mut at = 0;
-        let mut scatter = |bytes: &[u8]| {
-            let from = at;
-            at += bytes.len();
-            self.request.scatter(&self.memory, log.as_deref(), from, bytes)
-        };
+    /// Copies what was read to the guest, with turns for others in between.
+    async fn bring(&self, parts: &[PlainPart]) -> Result<(), Fault> {
+        let front = &self.queue.front;
+        let (mut at, mut in_turn) = (0, 0);
         for part in parts {
-            match part {
-                PlainPart::Data(buf, range) => scatter(&buf.0[range.clone()])?,
-                PlainPart::Zeros(len) => {
-                    let mut left = *len;
-                    while left > 0 {
-                        let here = left.min(ZEROS.len());
-                        scatter(&ZEROS[..here])?;
-                        left -= here;
+            let mut left = part_len(part);
+            while left > 0 && !front.is_cut() {
+                let log = front.log();
+                let here = match part {
+                    PlainPart::Data(buf, range) => {
+                        let here = left.min(BYTES_A_TURN);
+                        let from = range.end - left;
+                        self.request
+                            .scatter(&self.memory, log.as_deref(), at, &buf.0[from..from + here])?;
+                        here
                     }
+                    PlainPart::Zeros(_) => {
+                        let here = left.min(ZEROS.len());
+                        self.request
+                            .scatter(&self.memory, log.as_deref(), at, &ZEROS[..here])?;
+                        here
+                    }
+                };
+                (at, left, in_turn) = (at + here, left - here, in_turn + here);
+                if in_turn >= BYTES_A_TURN {
+                    in_turn = 0;
+                    yield_now().await;
                 }
             }
         }
         Ok(())
+    }
+}
+
+fn part_len(part: &PlainPart) -> usize {
+    match part {
+        PlainPart::Data(_, range) => range.len(),
+        PlainPart::Zeros(len) => *len,
     }
 }

@@ -166,6 +166,23 @@ impl BlockRequest {
         }
     }
 
+    /// Parts of its chain: what it costs to follow it.
+    pub(super) fn parts(&self) -> usize {
+        self.chain.parts()
+    }
+
+    /// Copies a piece of a write's payload out of the guest, from its `from`th byte on.
+    ///
+    /// # Errors
+    /// The memory has gone.
+    ///
+    /// # Panics
+    /// The payload is not as long.
+    pub(super) fn gather_from(&self, memory: &GuestMemory, from: usize, out: &mut [u8]) -> Result<(), Fault> {
+        assert!(matches!(self.kind, Kind::Write { len, .. } if from + out.len() <= len as usize));
+        self.chain.read(memory, (HEADER_BYTES + from) as u64, out)
+    }
+
     /// Copies a write's payload out of the guest.
     ///
     /// # Errors
@@ -173,9 +190,9 @@ impl BlockRequest {
     ///
     /// # Panics
     /// `out` is longer than the payload.
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(super) fn gather(&self, memory: &GuestMemory, out: &mut [u8]) -> Result<(), Fault> {
-        assert!(matches!(self.kind, Kind::Write { len, .. } if out.len() <= len as usize));
-        self.chain.read(memory, HEADER_BYTES as u64, out)
+        self.gather_from(memory, 0, out)
     }
 
     /// Copies bytes of the answer into the guest, to the `from`th place of it.

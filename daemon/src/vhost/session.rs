@@ -16,7 +16,6 @@ use rustix::net::sockopt::{socket_domain, socket_type};
 use rustix::net::{AddressFamily, SocketType};
 
 use libvol::limits::{VHOST_QUEUE_SIZE_MAX, VHOST_QUEUES_MAX};
-use libvol::runtime::net::Stream;
 use libvol::runtime::{spawn, yield_now};
 
 use super::Export;
@@ -26,7 +25,7 @@ use super::config::{WRITEBACK_AT, feature, offered, protocol, space};
 use super::fault::BadMemory;
 use super::front::Front;
 use super::inflight::{self, InflightArea};
-use super::leavings::Leavings;
+use super::leavings::{Incoming, Leavings};
 use super::memory::{DirtyLog, GuestMemory, REGIONS_MAX, Region};
 use super::message::{self, InflightShape, Message, UserAddresses};
 use super::notify::{Call, Kick, Signals};
@@ -35,14 +34,10 @@ use super::ring::RingAddresses;
 use super::sessions::{Member, Seat};
 use crate::device::Device;
 
-/// Turns that a cancelled wait for the socket may take to let go of it.
-const TURNS_TO_LET_GO: usize = 4;
-
 /// Serves until the front-end leaves or is cut off, then until the last of its requests has ended.
-pub(super) async fn run<D: Device>(stream: Stream, export: Export<D>, seat: Seat) {
-    let leavings = Leavings::default();
-    // The last reference to the socket is let go with the rest: messages that nobody has read may hold descriptors.
-    leavings.put_all(stream.socket().try_clone());
+pub(super) async fn run<D: Device>(incoming: Incoming, export: Export<D>, seat: Seat) {
+    let leavings = seat.leavings();
+    let stream = incoming.stream().clone();
     let signals = match Signals::of_thread() {
         Ok(signals) => signals,
         Err(e) => return tracing::error!(volume = export.name, "vhost-user: guests cannot be called: {e}"),
@@ -56,11 +51,11 @@ pub(super) async fn run<D: Device>(stream: Stream, export: Export<D>, seat: Seat
             front.cut_off();
         }
     });
-    let mut session = Session {
+    let session = Session {
         channel: Channel::new(stream),
         front: front.clone(),
         signals,
-        leavings: &leavings,
+        leavings: leavings.clone(),
         memory_files: Vec::new(),
         has_started: false,
         cache_mode: None,
@@ -68,17 +63,8 @@ pub(super) async fn run<D: Device>(stream: Stream, export: Export<D>, seat: Seat
         status: 0,
         queues: Vec::new(),
     };
-    let end = session.converse().await;
-    match &end {
-        End::Gone => tracing::debug!(volume = front.name(), "vhost-user: the front-end has gone"),
-        end => front.fail(end),
-    }
-    front.cut_off();
+    let memory_files = session.converse_to_the_end().await;
     drop(watcher);
-    let Session {
-        queues, memory_files, ..
-    } = session;
-    drop(queues);
     front.all_ended().await;
     seat.requests_ended();
     // Unmapped before the files go: giving a guest's memory back is for the other thread.
@@ -87,17 +73,16 @@ pub(super) async fn run<D: Device>(stream: Stream, export: Export<D>, seat: Seat
     front.set_memory(GuestMemory::empty());
     drop(front);
     leavings.put_all(memory_files.into_iter().map(|(_, file)| file));
-    for _ in 0..TURNS_TO_LET_GO {
-        yield_now().await;
-    }
-    leavings.close().await;
+    incoming.alone().await;
+    drop(incoming);
+    leavings.all_closed().await;
 }
 
-struct Session<'a, D> {
+struct Session<D> {
     channel: Channel,
     front: Rc<Front<D>>,
     signals: Rc<Signals>,
-    leavings: &'a Leavings,
+    leavings: Rc<Leavings>,
     /// The files of the guest's memory as it is now, kept so that none is let go by unmapping it.
     memory_files: Vec<(Region, OwnedFd)>,
     /// Whether a queue has been started.
@@ -169,10 +154,22 @@ impl From<std::io::Error> for Refused {
     }
 }
 
-impl<D: Device> Session<'_, D> {
+impl<D: Device> Session<D> {
+    /// All of it. Its queues go, and the files of the guest's memory are left.
+    async fn converse_to_the_end(mut self) -> Vec<(Region, OwnedFd)> {
+        let end = self.converse().await;
+        match &end {
+            End::Gone => tracing::debug!(volume = self.front.name(), "vhost-user: the front-end has gone"),
+            end => self.front.fail(end),
+        }
+        self.front.cut_off();
+        self.memory_files
+    }
+
     async fn converse(&mut self) -> End {
         loop {
-            let received = match self.channel.receive(self.leavings).await {
+            self.leavings.room().await;
+            let received = match self.channel.receive(&self.leavings).await {
                 Ok(received) => received,
                 Err(end) => return end,
             };
@@ -567,7 +564,14 @@ impl<D: Device> Session<'_, D> {
             kick,
             call: place.call.clone(),
         };
-        place.started = Some(Started::new(&front, setup)?);
+        match Started::new(&front, setup) {
+            Ok(started) => place.started = Some(started),
+            Err(why) => {
+                // What it was to be started with is gone.
+                front.fail(&why);
+                return Err(why.into());
+            }
+        }
         if !std::mem::replace(&mut self.has_started, true) {
             // The volume may have grown while nobody was there to tell: one that comes back does not look.
             front.configuration_changed();

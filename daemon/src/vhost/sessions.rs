@@ -9,8 +9,11 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
+use libvol::runtime::net::Stream;
 use libvol::runtime::sync::{InFlight, Notify};
 use libvol::runtime::timeout;
+
+use super::leavings::{Incoming, Leavings};
 
 /// A front-end that is served.
 pub(super) trait Member {
@@ -37,12 +40,28 @@ pub(crate) struct Sessions {
     /// Until the last request has ended.
     member: RefCell<Option<Rc<dyn Member>>>,
     changed: Notify,
+    leavings: Rc<Leavings>,
 }
 
 impl Sessions {
     /// No front-end, and open for one.
     pub(crate) fn new() -> Rc<Self> {
         Rc::default()
+    }
+
+    /// Takes a connection over, whether or not it will be served.
+    pub(crate) fn incoming(&self, stream: Stream) -> Incoming {
+        Incoming::new(stream, self.leavings.clone())
+    }
+
+    /// What front-ends leave behind.
+    pub(super) fn leavings(&self) -> &Rc<Leavings> {
+        &self.leavings
+    }
+
+    /// Waits until another connection may be accepted: too many that have gone may still have to be closed.
+    pub(crate) async fn room(&self) {
+        self.leavings.room().await;
     }
 
     /// Front-ends that are there, or whose last request has not ended.
@@ -115,6 +134,11 @@ pub(super) struct Seat {
 }
 
 impl Seat {
+    /// Where it leaves what it leaves.
+    pub(super) fn leavings(&self) -> Rc<Leavings> {
+        self.sessions.leavings().clone()
+    }
+
     /// Makes the front-end known.
     pub(super) fn introduce(&self, member: Rc<dyn Member>) {
         let earlier = self.sessions.member.borrow_mut().replace(member);

@@ -88,6 +88,11 @@ impl Stream {
         &self.socket
     }
 
+    /// Whether clones of it, or operations, hold the socket as well.
+    pub fn is_shared(&self) -> bool {
+        Rc::strong_count(&self.socket) > 1
+    }
+
     /// Receives up to `range.len()` bytes into `buf[range]`; 0 means the peer has closed. The buffer comes back.
     pub async fn recv(&self, buf: Buf, range: Range<usize>) -> (io::Result<usize>, Buf) {
         let op = Op::Recv {

@@ -82,7 +82,8 @@ impl Attachment {
             volume: self.device.clone(),
             broken: Rc::default(),
         };
-        let serving = serve(Stream::new(ours.into()), export, self.sessions.clone());
+        let incoming = self.sessions.incoming(Stream::new(ours.into()));
+        let serving = serve(incoming, export, self.sessions.clone());
         (FrontEnd::new(Stream::new(theirs.into())), spawn(serving))
     }
 
