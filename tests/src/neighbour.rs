@@ -1,14 +1,20 @@
 //! A device that a test attacks, and a neighbour on the same shard whose volume must not notice anything of it.
 
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::event::epoll;
+use rustix::fs::{Mode, OFlags};
+
 use crate::content::bytes;
 use crate::nbd::Client;
-use crate::vhost::{FrontEnd, Shape};
+use crate::vhost::{DATA_MAX, FrontEnd, Shape, T_IN, T_OUT};
 use crate::{Vold, wait_for};
 
 const MIB: u64 = 1 << 20;
@@ -102,6 +108,47 @@ impl Street {
         FrontEnd::connect_as(&self.socket, shape)
     }
 
+    /// A front-end that has agreed on features, and nothing more.
+    pub fn greeted(&self) -> FrontEnd {
+        FrontEnd::greeted(&self.socket, Shape::default())
+    }
+
+    /// Descriptors of all sorts that are neither memory nor an eventfd.
+    ///
+    /// # Panics
+    /// When there are none to be had.
+    pub fn strange_descriptors(&self) -> Vec<(&'static str, OwnedFd)> {
+        let file = self.vold.path("regular");
+        std::fs::write(&file, vec![0; 64 << 10]).expect("a file");
+        let open = |path: &Path| -> OwnedFd {
+            let options = File::options().read(true).write(true).open(path);
+            options.expect("a file").into()
+        };
+        let (read_end, write_end) = rustix::pipe::pipe().expect("a pipe");
+        // (Both ends are kept, so that pipe and socket stay as they are.)
+        let (socket, other) = UnixStream::pair().expect("a socket");
+        let read_only = |path: &str| File::open(path).expect("a file").into();
+        vec![
+            ("a regular file", open(&file)),
+            ("a pipe to read", read_end),
+            ("a pipe to write", write_end),
+            ("a socket", socket.into()),
+            ("another socket", other.into()),
+            ("/dev/null", open(Path::new("/dev/null"))),
+            ("/dev/zero", open(Path::new("/dev/zero"))),
+            ("a directory", read_only("/")),
+            (
+                "a path",
+                rustix::fs::open(&file, OFlags::PATH, Mode::empty()).expect("a path"),
+            ),
+            (
+                "an epoll",
+                epoll::create(epoll::CreateFlags::empty()).expect("an epoll"),
+            ),
+            ("a file of /proc", read_only("/proc/self/status")),
+        ]
+    }
+
     /// Waits until the neighbour has read some more, and the daemon says how it is.
     ///
     /// # Panics
@@ -150,6 +197,22 @@ impl Drop for Street {
             let _ = neighbour.join();
         }
     }
+}
+
+/// Many requests, as large as they can be, none of them waited for; gives how many.
+pub fn load(front_end: &mut FrontEnd) -> usize {
+    let requests = 20;
+    for i in 0..requests {
+        let (kind, out, read) = if i % 2 == 0 {
+            (T_IN, vec![], DATA_MAX as usize)
+        } else {
+            (T_OUT, vec![i as u8; DATA_MAX as usize], 0)
+        };
+        // (The first 2 MiB are not written.)
+        front_end.submit(0, kind, 4096 + i * 256, &out, read);
+    }
+    front_end.queues[0].kick();
+    requests as usize
 }
 
 fn neighbours(piece: u64) -> Vec<u8> {

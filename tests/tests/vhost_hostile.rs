@@ -1,6 +1,6 @@
 //! A hostile guest: chains, rings and requests as no driver lays them. The worst that it reaches is that its own device ends. The
-//! daemon goes on, and so does the neighbour on the same shard, who reads all the while. (A hostile front-end is in
-//! vhost_hostile_front_end.rs.)
+//! daemon goes on, and so does the neighbour on the same shard, who reads all the while. (Hostile front-ends are in
+//! vhost_hostile_front_end.rs and vhost_hostile_memory.rs.)
 
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
