@@ -274,8 +274,11 @@ fn a_kick_eventfd_that_blocks_and_is_emptied_by_somebody_else() {
         }
         street.goes_on();
         stop.store(true, Ordering::Relaxed);
-        // (The thief may be waiting.)
-        rustix::io::write(&kick, &5u64.to_ne_bytes()).unwrap();
+        // (The thief may be waiting, and the device may take what is meant to wake it.)
+        wait_for("the thief ends", || {
+            rustix::io::write(&kick, &1u64.to_ne_bytes()).unwrap();
+            stealing.is_finished().then_some(())
+        });
         stealing.join().unwrap();
         drop(fe);
         street.goes_on();
