@@ -60,6 +60,16 @@ impl Machine {
         }
     }
 
+    /// One that boots what is on its first drive, which comes over vhost-user. An emulated CPU (TCG) keeps translations of the code
+    /// that it has run, and does not learn that another process has written other code there: a boot loader that is read over
+    /// vhost-user, by any back-end, hangs. There the kernel comes from the host, and the script that the image runs finds the drive.
+    pub fn booting_over_vhost_user(directory: &Path, script: &str) -> Self {
+        match accelerator() {
+            "tcg" => Self::running(directory, script),
+            _ => Self::booting(directory),
+        }
+    }
+
     /// A drive, or anything else, by QEMU's arguments: the JSON list that `volctl attach` gives.
     pub fn with(mut self, arguments: &Value) -> Self {
         let arguments = arguments.as_array().expect("a list of arguments");

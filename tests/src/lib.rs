@@ -7,6 +7,9 @@
 //! | [`tools`] | external programs; a missing one fails with the command that installs it |
 //! | [`nbd`] | a small NBD client that knows which writes were acknowledged |
 //! | [`nbdkit`] | nbdkit's plugins and filters as an oracle |
+//! | [`vhost`] | a vhost-user-blk front-end that may send anything, by the specifications alone |
+//! | [`disk`] | a vhost-user-blk device through the crate `blkio`, a client that is not ours |
+//! | [`neighbour`] | a device that a test attacks, and a neighbour that must not notice |
 //! | [`tls`] | a daemon that serves over TLS, certificates of every kind, and a client under TLS |
 //! | [`load`] | what a daemon has open, holds in memory and carries |
 //! | [`raw`] | reads a raw store by docs/FORMAT.md alone, with another XTS |
@@ -20,14 +23,17 @@
 
 pub mod content;
 pub mod devices;
+pub mod disk;
 pub mod guest;
 pub mod load;
 pub mod nbd;
 pub mod nbdkit;
+pub mod neighbour;
 pub mod raw;
 pub mod sim;
 pub mod tls;
 pub mod tools;
+pub mod vhost;
 pub mod vold;
 
 pub use vold::{Engine, Refusal, Vold};

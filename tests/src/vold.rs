@@ -400,13 +400,18 @@ impl Vold {
 
     /// Customer `acme` with VM `vm1`, volume `acme/vol` on `replicas` stores (a, b, c), attached; gives its URI.
     pub fn with_volume(&self, replicas: usize, store_size: &str, volume_size: &str) -> String {
+        self.with_detached_volume(replicas, store_size, volume_size);
+        self.attach("acme/vol", "vm1")
+    }
+
+    /// The same, but attached to nobody yet.
+    pub fn with_detached_volume(&self, replicas: usize, store_size: &str, volume_size: &str) {
         self.add_stores(&["a", "b", "c"][..replicas], store_size);
         self.ctl("customer create acme");
         self.ctl("vm create vm1 --customer acme");
         self.ctl(&format!(
             "volume create acme/vol --size {volume_size} --replicas {replicas}"
         ));
-        self.attach("acme/vol", "vm1")
     }
 
     /// Attaches; gives the NBD URI.
@@ -416,6 +421,19 @@ impl Vold {
             .as_str()
             .expect("an NBD attachment has a URI")
             .to_owned()
+    }
+
+    /// Attaches over vhost-user; gives the socket.
+    pub fn attach_vhost(&self, volume: &str, vm: &str) -> PathBuf {
+        let attachment = self.ctl(&format!("attach {volume} --vm {vm} --via vhost-user"));
+        let socket = attachment["socket"].as_str();
+        socket.expect("a vhost-user attachment has a socket").into()
+    }
+
+    /// As [`Self::with_volume`], over vhost-user; gives the socket.
+    pub fn with_vhost_volume(&self, replicas: usize, store_size: &str, volume_size: &str) -> PathBuf {
+        self.with_detached_volume(replicas, store_size, volume_size);
+        self.attach_vhost("acme/vol", "vm1")
     }
 
     /// `volume show`.

@@ -1,5 +1,5 @@
 //! What happens to a guest's disk while the guest uses it: it grows, is unplugged, loses its machine, its daemon or a
-//! replica, and is booted from. All over QEMU's NBD driver.
+//! replica, and is booted from. Over QEMU's NBD driver and over vhost-user.
 
 use serde_json::{Value, json};
 use vold_tests::guest::{Guest, Machine, image};
@@ -10,12 +10,79 @@ use vold_tests::{Vold, wait_for};
 
 const MIB: u64 = 1 << 20;
 
-/// `acme/vol` on two replicas, attached to `vm1`, and what attach said.
-fn attached(size: &str) -> (Vold, Value) {
-    let vold = Vold::start();
-    vold.with_volume(2, "256M", size);
-    let attached = vold.ctl("attach acme/vol --vm vm1");
-    (vold, attached)
+/// How the volume gets to the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Via {
+    Nbd,
+    VhostUser,
+}
+
+impl Via {
+    fn attach(self, vold: &Vold) -> Value {
+        match self {
+            Via::Nbd => vold.ctl("attach acme/vol --vm vm1"),
+            Via::VhostUser => vold.ctl("attach acme/vol --vm vm1 --via vhost-user"),
+        }
+    }
+
+    /// `acme/vol` on two replicas, attached to `vm1`, and what attach said.
+    fn attached(self, size: &str) -> (Vold, Value) {
+        let vold = Vold::start();
+        vold.with_detached_volume(2, "256M", size);
+        let attached = self.attach(&vold);
+        (vold, attached)
+    }
+
+    /// Takes the disk out of a running machine.
+    fn unplug(self, guest: &mut Guest, attached: &Value) {
+        match self {
+            Via::Nbd => {
+                let names = Names::of(attached);
+                remove_device(guest, &names.device);
+                guest.qmp("blockdev-del", json!({"node-name": names.drive}));
+                guest.qmp("blockdev-del", json!({"node-name": names.connection}));
+            }
+            Via::VhostUser => {
+                remove_device(guest, &of_device(attached, "id="));
+                guest.qmp("chardev-remove", json!({"id": of_device(attached, "chardev=")}));
+            }
+        }
+    }
+
+    /// Puts it into a running machine.
+    fn plug(self, guest: &mut Guest, attached: &Value) {
+        let device = match self {
+            Via::Nbd => {
+                guest.qmp("blockdev-add", blockdev(attached, "again"));
+                json!({"driver": "virtio-blk-pci", "drive": "again", "id": "again-disk"})
+            }
+            Via::VhostUser => {
+                let address = json!({"type": "unix", "data": {"path": attached["socket"]}});
+                let socket = json!({"addr": address, "server": false, "reconnect-ms": 100});
+                let backend = json!({"type": "socket", "data": socket});
+                guest.qmp("chardev-add", json!({"id": "again", "backend": backend}));
+                json!({"driver": "vhost-user-blk-pci", "chardev": "again", "id": "again-disk"})
+            }
+        };
+        guest.qmp("device_add", device);
+    }
+}
+
+fn remove_device(guest: &mut Guest, device: &str) {
+    guest.qmp("device_del", json!({"id": device}));
+    guest.event("DEVICE_DELETED", |data| data["device"] == device);
+}
+
+/// An option of attach's `-device`.
+fn of_device(attached: &Value, key: &str) -> String {
+    let arguments = texts(&attached["qemu_args"]);
+    let device = arguments
+        .iter()
+        .position(|word| *word == "-device")
+        .expect("a device");
+    let mut options = arguments[device + 1].split(',');
+    let value = options.find_map(|option| option.strip_prefix(key));
+    value.expect(key).to_owned()
 }
 
 fn machine(vold: &Vold, attached: &Value, script: &str) -> Machine {
@@ -86,7 +153,7 @@ fn is_clean_after(mut vold: Vold) {
 /// a restart of vold makes QEMU connect anew, too.
 #[test]
 fn a_volume_grows_under_a_mounted_file_system() {
-    let (mut vold, attached) = attached("48M");
+    let (mut vold, attached) = Via::Nbd.attached("48M");
     let (first, second) = (80 * MIB, 112 * MIB);
     let mut guest = machine(&vold, &attached, "grow")
         .parameter("sizes", format!("{first},{second}"))
@@ -121,21 +188,27 @@ fn a_volume_grows_under_a_mounted_file_system() {
     is_clean_after(vold);
 }
 
+/// vold tells QEMU, and QEMU the guest: nobody else has to do anything.
 #[test]
-#[ignore = "long; make test-full runs it"]
-fn a_disk_is_unplugged_and_plugged_in_again() {
-    let (vold, attached) = attached("64M");
-    let Names {
-        connection,
-        drive,
-        device,
-    } = Names::of(&attached);
+fn a_volume_over_vhost_user_grows_by_itself() {
+    let (vold, attached) = Via::VhostUser.attached("48M");
+    let mut guest = machine(&vold, &attached, "grow")
+        .parameter("sizes", format!("{},{}", 80 * MIB, 112 * MIB))
+        .start();
+    for size in ["80M", "112M"] {
+        guest.is_at("small");
+        vold.ctl(&format!("volume resize acme/vol --size {size}"));
+        guest.go();
+    }
+    guest.passes();
+    is_clean_after(vold);
+}
+
+fn is_unplugged_and_plugged_in_again(via: Via) {
+    let (vold, attached) = via.attached("64M");
     let mut guest = machine(&vold, &attached, "replug").start();
     guest.is_at("unplug");
-    guest.qmp("device_del", json!({"id": device}));
-    guest.event("DEVICE_DELETED", |data| data["device"] == device);
-    guest.qmp("blockdev-del", json!({"node-name": drive}));
-    guest.qmp("blockdev-del", json!({"node-name": connection}));
+    via.unplug(&mut guest, &attached);
     wait_for("QEMU has let the volume go", || {
         let list = vold.ctl("attachment list");
         (list["items"][0]["connections"] == 0).then_some(())
@@ -144,13 +217,9 @@ fn a_disk_is_unplugged_and_plugged_in_again() {
     guest.is_at("replug");
     // Attached anew, under the next epoch.
     vold.ctl("detach acme/vol --vm vm1");
-    let again = vold.ctl("attach acme/vol --vm vm1");
+    let again = via.attach(&vold);
     assert!(again["epoch"].as_u64() > attached["epoch"].as_u64(), "{again}");
-    guest.qmp("blockdev-add", blockdev(&again, "again"));
-    guest.qmp(
-        "device_add",
-        json!({"driver": "virtio-blk-pci", "drive": "again", "id": "again-disk"}),
-    );
+    via.plug(&mut guest, &again);
     guest.go();
     guest.passes();
     is_clean_after(vold);
@@ -158,8 +227,18 @@ fn a_disk_is_unplugged_and_plugged_in_again() {
 
 #[test]
 #[ignore = "long; make test-full runs it"]
-fn what_a_guest_has_synced_survives_kill_9_of_its_qemu() {
-    let (vold, attached) = attached("96M");
+fn a_disk_is_unplugged_and_plugged_in_again() {
+    is_unplugged_and_plugged_in_again(Via::Nbd);
+}
+
+#[test]
+#[ignore = "long; make test-full runs it"]
+fn a_disk_over_vhost_user_is_unplugged_and_plugged_in_again() {
+    is_unplugged_and_plugged_in_again(Via::VhostUser);
+}
+
+fn survives_kill_9_of_its_qemu(via: Via) {
+    let (vold, attached) = via.attached("96M");
     for enough in [5, 40, 150] {
         let mut guest = machine(&vold, &attached, "storm").start();
         let synced = guest.says("files are synced", |said| {
@@ -175,6 +254,18 @@ fn what_a_guest_has_synced_survives_kill_9_of_its_qemu() {
     is_clean_after(vold);
 }
 
+#[test]
+#[ignore = "long; make test-full runs it"]
+fn what_a_guest_has_synced_survives_kill_9_of_its_qemu() {
+    survives_kill_9_of_its_qemu(Via::Nbd);
+}
+
+#[test]
+#[ignore = "long; make test-full runs it"]
+fn what_a_guest_has_synced_over_vhost_user_survives_kill_9_of_its_qemu() {
+    survives_kill_9_of_its_qemu(Via::VhostUser);
+}
+
 /// Starts the script `load` and waits until it writes and verifies.
 fn loaded(vold: &Vold, attached: &Value) -> Guest {
     let mut guest = machine(vold, attached, "load").start();
@@ -188,13 +279,16 @@ fn another_round(guest: &mut Guest) {
     });
 }
 
-#[test]
-#[ignore = "long; make test-full runs it"]
-fn a_guest_under_load_notices_nothing_of_kill_9_of_vold() {
-    let (mut vold, attached) = attached("96M");
+/// Killed and, every other time, stopped as it should be.
+fn notices_nothing_of_restarts(via: Via) {
+    let (mut vold, attached) = via.attached("96M");
     let mut guest = loaded(&vold, &attached);
-    for _ in 0..3 {
-        vold.kill();
+    for restarts in 0..4 {
+        if restarts % 2 == 0 {
+            vold.kill();
+        } else {
+            vold.stop();
+        }
         vold.restart();
         another_round(&mut guest);
     }
@@ -204,10 +298,20 @@ fn a_guest_under_load_notices_nothing_of_kill_9_of_vold() {
     is_clean_after(vold);
 }
 
-/// A limit on file sizes makes the kernel refuse writes to the files of both stores; so one of them is a loop device.
 #[test]
 #[ignore = "long; make test-full runs it"]
-fn a_guest_under_load_notices_nothing_of_a_replica_that_fails_and_comes_back() {
+fn a_guest_under_load_notices_nothing_of_kill_9_of_vold() {
+    notices_nothing_of_restarts(Via::Nbd);
+}
+
+#[test]
+#[ignore = "long; make test-full runs it"]
+fn a_guest_under_load_over_vhost_user_notices_nothing_of_kill_9_of_vold() {
+    notices_nothing_of_restarts(Via::VhostUser);
+}
+
+/// A limit on file sizes makes the kernel refuse writes to the files of both stores; so one of them is a loop device.
+fn notices_nothing_of_a_replica_that_fails_and_comes_back(via: Via) {
     let vold = Vold::start();
     let backing = vold.path("image");
     std::fs::File::create(&backing)
@@ -223,7 +327,7 @@ fn a_guest_under_load_notices_nothing_of_a_replica_that_fails_and_comes_back() {
     vold.ctl("customer create acme");
     vold.ctl("vm create vm1 --customer acme");
     vold.ctl("volume create acme/vol --size 96M --replicas 2");
-    let attached = vold.ctl("attach acme/vol --vm vm1");
+    let attached = via.attach(&vold);
     vold.wait_until_scrubbed(&["a", "b"]);
     let mut guest = loaded(&vold, &attached);
     let limit_files = |limit: &str| {
@@ -254,6 +358,18 @@ fn a_guest_under_load_notices_nothing_of_a_replica_that_fails_and_comes_back() {
     vold.stop();
     vold.check_is_clean();
     drop(device);
+}
+
+#[test]
+#[ignore = "long; make test-full runs it"]
+fn a_guest_under_load_notices_nothing_of_a_replica_that_fails_and_comes_back() {
+    notices_nothing_of_a_replica_that_fails_and_comes_back(Via::Nbd);
+}
+
+#[test]
+#[ignore = "long; make test-full runs it"]
+fn a_guest_under_load_over_vhost_user_notices_nothing_of_a_replica_that_fails_and_comes_back() {
+    notices_nothing_of_a_replica_that_fails_and_comes_back(Via::VhostUser);
 }
 
 #[test]
@@ -313,4 +429,70 @@ fn a_guest_boots_from_a_volume_and_another_customers_vm_does_not() {
     assert_eq!(counted, 3);
     guest.passes();
     is_clean_after(tls.vold);
+}
+
+/// Attach's arguments, but QEMU does not try again when it cannot connect.
+fn only_once(attached: &Value) -> Value {
+    texts(&attached["qemu_args"])
+        .iter()
+        .map(|argument| {
+            let options = argument
+                .split(',')
+                .filter(|option| !option.starts_with("reconnect"));
+            options.collect::<Vec<_>>().join(",")
+        })
+        .collect()
+}
+
+/// The image is put onto the volume over NBD, and booted over vhost-user (on an emulated CPU all but the boot loader).
+#[test]
+#[ignore = "long; make test-full runs it"]
+fn a_guest_boots_over_vhost_user_and_another_vms_user_does_not() {
+    let vold = Vold::start();
+    vold.with_detached_volume(2, "256M", "96M");
+    let attached = Via::Nbd.attach(&vold);
+    let mut nbdcopy = tool("nbdcopy");
+    nbdcopy.arg("--flush").arg(image("disk").join("disk.img"));
+    succeed(nbdcopy.arg(attached["uri"].as_str().unwrap()));
+    vold.ctl("detach acme/vol --vm vm1");
+    let attached = Via::VhostUser.attach(&vold);
+    let boots = |expected: u32| {
+        let mut guest = Machine::booting_over_vhost_user(&vold.path(""), "booted")
+            .with(&attached["qemu_args"])
+            .start();
+        let counted: u32 = guest.says("it counts its boots", |said| {
+            said.strip_prefix("boots ")?.parse().ok()
+        });
+        assert_eq!(counted, expected);
+        guest.passes();
+    };
+    boots(1);
+    boots(2);
+    // As the other VMs' user.
+    let said = Machine::booting(&vold.path(""))
+        .with(&only_once(&attached))
+        .user(12345)
+        .refuses_to_start();
+    assert!(said.contains("Permission denied"), "{said}");
+    boots(3);
+    is_clean_after(vold);
+}
+
+/// The mode of the socket is not all: who comes past it as another user is turned away.
+#[test]
+#[ignore = "long; make test-full runs it"]
+fn another_vms_user_who_passes_the_sockets_mode_gets_no_disk_over_vhost_user() {
+    let vold = Vold::start();
+    vold.add_stores(&["a"], "256M");
+    vold.ctl("customer create acme");
+    vold.ctl("vm create vm1 --customer acme --uid 12345");
+    vold.ctl("volume create acme/vol --size 96M");
+    let attached = Via::VhostUser.attach(&vold);
+    // (Root passes every mode.)
+    let said = Machine::booting(&vold.path(""))
+        .with(&only_once(&attached))
+        .refuses_to_start();
+    println!("{said}");
+    assert!(vold.log().contains("turned away"), "{}", vold.log());
+    is_clean_after(vold);
 }

@@ -37,6 +37,17 @@ fn a_guest_uses_a_file_system_through_qemus_nbd_driver() {
 }
 
 #[test]
+fn a_guest_uses_a_file_system_through_vhost_user() {
+    let mut vold = Vold::start();
+    vold.with_detached_volume(2, "256M", "128M");
+    let attached = vold.ctl("attach acme/vol --vm vm1 --via vhost-user");
+    let machine = Machine::running(&vold.path(""), "filesystem").with(&attached["qemu_args"]);
+    uses_a_file_system(&vold, machine.start());
+    vold.stop();
+    vold.check_is_clean();
+}
+
+#[test]
 fn a_guest_uses_a_file_system_through_its_kernels_nbd_client_over_tls() {
     let (mut tls, _) = Tls::serving(2, "256M", "128M", &["--tls-1-2"]);
     let certificate = tls.issue("acme", "vm1");
