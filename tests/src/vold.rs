@@ -551,7 +551,7 @@ fn decode(text: &str) -> String {
 }
 
 /// Where temporary directories go: `$VOLD_TEST_DIR`, else `/var/tmp`.
-fn temp_base() -> PathBuf {
+pub fn temp_base() -> PathBuf {
     match std::env::var_os("VOLD_TEST_DIR") {
         Some(dir) => dir.into(),
         None => {
