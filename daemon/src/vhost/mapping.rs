@@ -16,7 +16,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, compiler_fence};
 
-use rustix::fs::{FileType, fstat, fstatfs};
+use rustix::fs::{FileType, fcntl_get_seals, fstat, fstatfs};
 
 use super::fault::{BadMemory, Fault};
 use sigbus::Slot;
@@ -228,6 +228,12 @@ impl Drop for Mapping {
 
 /// Whether this may be mapped, and the size of its pages.
 fn check_file(fd: &OwnedFd, offset: u64, len: usize) -> Result<usize, BadMemory> {
+    const OTHER: BadMemory = BadMemory::Refused(
+        "memory that is no memfd and no file of tmpfs or hugetlbfs; use a memory backend with share=on",
+    );
+    // First of all, and of anything. A file of another kind asks its file system, which may be a front-end's own (FUSE) and
+    // never answer. Only files in memory have seals, and what they are is known without asking anybody.
+    fcntl_get_seals(fd).map_err(|_| OTHER)?;
     let stat = fstat(fd).map_err(|e| BadMemory::Os("the memory's file", e.into()))?;
     let system = fstatfs(fd).map_err(|e| BadMemory::Os("the memory's file system", e.into()))?;
     // A device or a socket can lie on a tmpfs too.
@@ -237,11 +243,7 @@ fn check_file(fd: &OwnedFd, offset: u64, len: usize) -> Result<usize, BadMemory>
         HUGETLBFS => usize::try_from(system.f_bsize).ok(),
         _ => None,
     };
-    let page = page
-        .filter(|page| page.is_power_of_two())
-        .ok_or(BadMemory::Refused(
-            "memory that is no memfd and no file of tmpfs or hugetlbfs; use a memory backend with share=on",
-        ))?;
+    let page = page.filter(|page| page.is_power_of_two()).ok_or(OTHER)?;
     if len == 0 {
         return Err(BadMemory::Refused("memory of no bytes"));
     }
