@@ -67,7 +67,8 @@ fn queue_bytes(size: u16) -> usize {
     (HEADER_BYTES + ENTRY_BYTES * usize::from(size)).next_multiple_of(QUEUE_ALIGN)
 }
 
-/// A new area (GET_INFLIGHT_FD), and its length. It lies at the beginning of a file whose length nobody can change.
+/// A new area (GET_INFLIGHT_FD), and its length. It lies at the beginning of a file whose length nobody can change. No byte of
+/// it is touched here: front-ends may ask for as many as they can keep, and memory is charged to who touches it first.
 ///
 /// # Errors
 /// As [`area_bytes`], or the system has none.
@@ -81,7 +82,6 @@ pub(super) fn create(queues: u16, size: u16) -> Result<(OwnedFd, u64), BadMemory
     };
     let fd =
         make().map_err(|e: rustix::io::Errno| BadMemory::Os("no memory for an inflight area", e.into()))?;
-    InflightArea::adopt(&fd, 0, bytes, queues, size)?;
     Ok((fd, bytes))
 }
 

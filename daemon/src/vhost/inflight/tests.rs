@@ -25,7 +25,9 @@ fn area() -> (OwnedFd, InflightArea, Mapping) {
 fn its_bytes_lie_as_they_are_drawn() {
     let (fd, len) = create(3, SIZE).unwrap();
     assert_eq!(len, 3 * 192 + 64);
-    assert_eq!(fstat(&fd).unwrap().st_size, 3 * 192 + 64);
+    let stat = fstat(&fd).unwrap();
+    assert_eq!(stat.st_size, 3 * 192 + 64);
+    assert_eq!(stat.st_blocks, 0, "no memory is used before somebody brings it");
     assert!(
         ftruncate(&fd, 0).is_err() && ftruncate(&fd, 1 << 20).is_err(),
         "its length is sealed"
