@@ -14,12 +14,13 @@
 
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use libvol::limits::{VHOST_QUEUE_SIZE_MAX, VHOST_QUEUES_MAX};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
 use super::fault::{BadMemory, Fault};
-use super::mapping::Mapping;
+use super::mapping::{Account, Mapping};
 
 const VERSION: u16 = 1;
 const HEADER_BYTES: usize = 16;
@@ -91,6 +92,7 @@ impl InflightArea {
     /// # Errors
     /// Its length or its content is not that of such queues.
     pub(super) fn adopt(
+        account: &Arc<Account>,
         fd: &OwnedFd,
         offset: u64,
         len: u64,
@@ -102,7 +104,7 @@ impl InflightArea {
             return Err(BadMemory::Refused("an inflight area shorter than its queues"));
         }
         // Less than 3 MiB.
-        let mapping = Rc::new(Mapping::new(fd, offset, bytes as usize)?);
+        let mapping = Rc::new(Mapping::new(account, fd, offset, bytes as usize)?);
         let queues = 0..usize::from(queues);
         queues
             .map(|queue| {
