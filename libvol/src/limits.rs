@@ -86,12 +86,20 @@ pub const VHOST_REQUESTS_IN_FLIGHT: usize = VHOST_QUEUE_SIZE_MAX as usize;
 pub const VHOST_QUEUES_MAX: u16 = 128;
 /// Memory regions of one guest: its memory below and above the hole, and what is plugged later.
 pub const VHOST_REGIONS_MAX: usize = 64;
-/// Memory of one guest that is mapped: 2 TiB. A process has 128 TiB of addresses.
+/// Memory of one guest: 2 TiB.
 pub const VHOST_MEMORY_BYTES_MAX: u64 = 2 << 40;
 /// A log of written pages: a bit for 4 KiB, so 128 MiB are guest addresses up to 4 TiB, holes included.
 pub const VHOST_LOG_BYTES_MAX: u64 = 128 << 20;
-/// Mappings of all front-ends' memory in one process: as many as Linux allows a process by itself (vm.max_map_count).
-pub const VHOST_MAPPINGS_MAX: usize = 65_536;
+/// What one attachment has mapped at a time: two full tables, logs, inflight areas and their notes, since what went may be in
+/// use, or not unmapped yet, when its successor comes; rounded up to pages.
+pub const VHOST_ATTACHMENT_MAPPINGS_MAX: u64 = 2 * (VHOST_REGIONS_MAX as u64 + 3);
+/// See [`VHOST_ATTACHMENT_MAPPINGS_MAX`].
+pub const VHOST_ATTACHMENT_MAPPED_BYTES_MAX: u64 = 2 * (VHOST_MEMORY_BYTES_MAX + (1 << 30));
+/// Mappings of all front-ends' memory in one process. One of which pages have gone is three for Linux, which allows a process
+/// 65,530 by itself (vm.max_map_count).
+pub const VHOST_MAPPINGS_MAX: usize = 16_384;
+/// Addresses of them: half of the 128 TiB that a process has.
+pub const VHOST_MAPPED_BYTES_MAX: u64 = 64 << 40;
 
 /// Body of one API request.
 pub const API_BODY_BYTES_MAX: usize = 64 << 10;

@@ -10,9 +10,10 @@
 //! ```
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use super::inflight::area_bytes;
-use super::mapping::Mapping;
+use super::mapping::{Account, Mapping};
 
 const MAGIC: u64 = u64::from_ne_bytes(*b"vold-wce");
 const MODE_AT: usize = 8;
@@ -25,12 +26,21 @@ pub(super) struct CacheMode(Mapping);
 
 impl CacheMode {
     /// The place behind an area, if there is one.
-    pub(super) fn behind(fd: &OwnedFd, offset: u64, len: u64, queues: u16, size: u16) -> Option<Self> {
+    pub(super) fn behind(
+        account: &Arc<Account>,
+        fd: &OwnedFd,
+        offset: u64,
+        len: u64,
+        queues: u16,
+        size: u16,
+    ) -> Option<Self> {
         let area = area_bytes(queues, size).ok()?;
         if len < area.checked_add(BYTES as u64)? {
             return None;
         }
-        Mapping::new(fd, offset.checked_add(area)?, BYTES).ok().map(Self)
+        Mapping::new(account, fd, offset.checked_add(area)?, BYTES)
+            .ok()
+            .map(Self)
     }
 
     /// What was noted: whether it is back.
@@ -52,13 +62,13 @@ impl CacheMode {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vhost::guest::memfd;
+    use crate::vhost::guest::{account, memfd};
     use crate::vhost::inflight::create;
 
     #[test]
     fn what_was_noted_is_found_again_and_nothing_where_nothing_was() {
         let (fd, len) = create(2, 128).unwrap();
-        let find = |len| CacheMode::behind(&fd, 0, len, 2, 128);
+        let find = |len| CacheMode::behind(&account(), &fd, 0, len, 2, 128);
         assert_eq!(find(len).unwrap().noted(), None);
         for back in [false, true] {
             find(len).unwrap().note(back);
@@ -68,6 +78,6 @@ mod tests {
             find(area_bytes(2, 128).unwrap()).is_none(),
             "an area without a place for it"
         );
-        assert!(CacheMode::behind(&memfd(4096), u64::MAX - 4, u64::MAX, 1, 64).is_none());
+        assert!(CacheMode::behind(&account(), &memfd(4096), u64::MAX - 4, u64::MAX, 1, 64).is_none());
     }
 }

@@ -5,7 +5,7 @@
 //! sectors (2 bytes); the base (2 bytes); the status that requests end with; nothing. The rest is the memory from
 //! [`QUEUE`]'s descriptor table on: two regions side by side and one apart, of a page each.
 
-use super::guest::{Guest, INDIRECT, NEXT, WRITE, memfd};
+use super::guest::{Guest, INDIRECT, NEXT, WRITE, account, memfd};
 use super::mapping::Mapping;
 use super::memory::DirtyLog;
 use super::request::{Kind, Parsed, RangesMax, Rules, STATUS_OK};
@@ -61,7 +61,7 @@ pub(crate) fn walk(input: &[u8]) -> usize {
         write_zeroes: set(WRITE_ZEROES).then_some(MAX),
     };
     let log_fd = memfd(PAGE);
-    let log = set(LOG).then(|| DirtyLog::new(&log_fd, 0, 2).expect("a log of 16 pages"));
+    let log = set(LOG).then(|| DirtyLog::new(&account(), &log_fd, 0, 2).expect("a log of 16 pages"));
     let base = match set(ODD_BASE) {
         true => u16::from_le_bytes([*b0, *b1]),
         false => model.u16(QUEUE.used + 2),
@@ -86,7 +86,7 @@ pub(crate) fn walk(input: &[u8]) -> usize {
         answered = ring.used_index().wrapping_sub(begun);
     }
     model.compare(&guest);
-    let bits = Mapping::new(&log_fd, 0, 2).expect("it was mapped before");
+    let bits = Mapping::new(&account(), &log_fd, 0, 2).expect("it was mapped before");
     let logged = bits.load_u16(0).map(u16::from_le);
     assert_eq!(logged, Ok(if log.is_some() { model.pages } else { 0 }), "the log");
     answered.into()

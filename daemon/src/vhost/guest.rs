@@ -1,9 +1,11 @@
 //! A guest for tests and fuzz targets: memory of a memfd, in which it lays out queues, chains and requests.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
+use super::mapping::Account;
 use super::memory::{GuestMemory, Region};
 use super::ring::RingAddresses;
 
@@ -23,6 +25,11 @@ pub(super) const QUEUE: RingAddresses = RingAddresses {
 };
 pub(super) const DATA: u64 = 0x1_0000;
 pub(super) const END: u64 = 0x10_0000;
+
+/// Of an attachment that has mapped nothing.
+pub(super) fn account() -> Arc<Account> {
+    Account::new()
+}
 
 /// Memory that can be passed.
 pub(super) fn memfd(len: u64) -> OwnedFd {
@@ -54,7 +61,7 @@ impl Guest {
             described.push((region, fd.try_clone().unwrap()));
             offset += len;
         }
-        let memory = GuestMemory::set(described).unwrap();
+        let memory = GuestMemory::set(&account(), described).unwrap();
         Self {
             fd,
             memory,

@@ -14,12 +14,13 @@
 
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use libvol::limits::{VHOST_QUEUE_SIZE_MAX, VHOST_QUEUES_MAX};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
 use super::fault::{BadMemory, Fault};
-use super::mapping::Mapping;
+use super::mapping::{Account, Mapping};
 
 const VERSION: u16 = 1;
 const HEADER_BYTES: usize = 16;
@@ -67,7 +68,8 @@ fn queue_bytes(size: u16) -> usize {
     (HEADER_BYTES + ENTRY_BYTES * usize::from(size)).next_multiple_of(QUEUE_ALIGN)
 }
 
-/// A new area (GET_INFLIGHT_FD), and its length. It lies at the beginning of a file whose length nobody can change.
+/// A new area (GET_INFLIGHT_FD), and its length. It lies at the beginning of a file whose length nobody can change. No byte of
+/// it is touched here: front-ends may ask for as many as they can keep, and memory is charged to who touches it first.
 ///
 /// # Errors
 /// As [`area_bytes`], or the system has none.
@@ -81,7 +83,6 @@ pub(super) fn create(queues: u16, size: u16) -> Result<(OwnedFd, u64), BadMemory
     };
     let fd =
         make().map_err(|e: rustix::io::Errno| BadMemory::Os("no memory for an inflight area", e.into()))?;
-    InflightArea::adopt(&fd, 0, bytes, queues, size)?;
     Ok((fd, bytes))
 }
 
@@ -91,6 +92,7 @@ impl InflightArea {
     /// # Errors
     /// Its length or its content is not that of such queues.
     pub(super) fn adopt(
+        account: &Arc<Account>,
         fd: &OwnedFd,
         offset: u64,
         len: u64,
@@ -102,7 +104,7 @@ impl InflightArea {
             return Err(BadMemory::Refused("an inflight area shorter than its queues"));
         }
         // Less than 3 MiB.
-        let mapping = Rc::new(Mapping::new(fd, offset, bytes as usize)?);
+        let mapping = Rc::new(Mapping::new(account, fd, offset, bytes as usize)?);
         let queues = 0..usize::from(queues);
         queues
             .map(|queue| {

@@ -5,20 +5,27 @@
 //! it at any time: bytes are copied in and out by accesses that the compiler neither doubles nor trusts.
 //!
 //! The front-end can make the file shorter, and an access then raises SIGBUS. [`sigbus`] puts empty memory in the place of
-//! the mapping, and the access goes on there; it is told as [`Fault::Gone`], as are all after it. Memory that is touched for
-//! the first time here is accounted to this process's cgroup. The mapping is not locked: what of a guest may be swapped is
-//! decided where the guest runs. Large mappings are unmapped by a thread of their own ([`unmap`]): their pages go one by one.
+//! what is accessed, and the access goes on there; it is told as [`Fault::Gone`], and after it there are no more. How much is
+//! mapped at a time is bounded ([`account`]), and unmapped elsewhere ([`unmap`]).
+//!
+//! What is mapped is not there before it is touched, and who touches it first is charged for it, which may be this process.
+//! It is not locked either: what of a guest may be swapped is decided where the guest runs, and bringing it back takes as long
+//! as the swap takes.
 
+mod account;
 mod sigbus;
 mod unmap;
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, compiler_fence};
 
-use rustix::fs::{FileType, fstat, fstatfs};
+use rustix::fs::{FileType, fcntl_get_seals, fstat, fstatfs};
 
 use super::fault::{BadMemory, Fault};
+pub(super) use account::Account;
+use account::Charge;
 use sigbus::Slot;
 use unmap::Mapped;
 
@@ -44,10 +51,16 @@ impl Mapping {
     /// Maps `len` bytes from `offset`, for reading and writing.
     ///
     /// # Errors
-    /// When the file is of another kind or too short, or the system refuses.
-    pub(super) fn new(fd: &OwnedFd, offset: u64, len: usize) -> Result<Self, BadMemory> {
+    /// When the file is of another kind or too short, too much is mapped already, or the system refuses.
+    pub(super) fn new(
+        account: &Arc<Account>,
+        fd: &OwnedFd,
+        offset: u64,
+        len: usize,
+    ) -> Result<Self, BadMemory> {
         let page = check_file(fd, offset, len)?;
         sigbus::catch()?;
+        let thread = unmap::thread()?;
         // Whole pages of the file around it.
         let lead = (offset % page as u64) as usize;
         let mapped_len = len
@@ -56,6 +69,7 @@ impl Mapping {
             .ok_or(BadMemory::Refused("memory longer than addresses go"))?;
         let start = libc::off_t::try_from(offset - lead as u64)
             .map_err(|_| BadMemory::Refused("an offset in the memory that no file has"))?;
+        let charge = Charge::new(account, mapped_len)?;
         // SAFETY: a new mapping, placed by the kernel, changes nothing that exists.
         let raw = unsafe {
             libc::mmap(
@@ -91,7 +105,13 @@ impl Mapping {
             base: unsafe { first.add(lead) },
             len,
             slot,
-            mapped: Some(Mapped::new(raw as usize, mapped_len, slot)),
+            mapped: Some(Mapped::new(
+                (raw as usize, mapped_len),
+                page,
+                slot,
+                thread,
+                charge,
+            )),
         })
     }
 
@@ -140,8 +160,12 @@ impl Mapping {
         self.intact()
     }
 
-    /// Where `len` bytes are.
+    /// Where `len` bytes are, if all pages are there as far as is known.
     fn place(&self, at: usize, len: usize) -> Result<*mut u8, Fault> {
+        // Each page that is gone costs a signal: one access of a mapping at most has that.
+        if self.is_broken() {
+            return Err(Fault::Gone);
+        }
         let outside = Fault::Outside {
             at: at as u64,
             len: len as u64,
@@ -228,6 +252,12 @@ impl Drop for Mapping {
 
 /// Whether this may be mapped, and the size of its pages.
 fn check_file(fd: &OwnedFd, offset: u64, len: usize) -> Result<usize, BadMemory> {
+    const OTHER: BadMemory = BadMemory::Refused(
+        "memory that is no memfd and no file of tmpfs or hugetlbfs; use a memory backend with share=on",
+    );
+    // First of all, and of anything. A file of another kind asks its file system, which may be a front-end's own (FUSE) and
+    // never answer. Only files in memory have seals, and what they are is known without asking anybody.
+    fcntl_get_seals(fd).map_err(|_| OTHER)?;
     let stat = fstat(fd).map_err(|e| BadMemory::Os("the memory's file", e.into()))?;
     let system = fstatfs(fd).map_err(|e| BadMemory::Os("the memory's file system", e.into()))?;
     // A device or a socket can lie on a tmpfs too.
@@ -237,11 +267,7 @@ fn check_file(fd: &OwnedFd, offset: u64, len: usize) -> Result<usize, BadMemory>
         HUGETLBFS => usize::try_from(system.f_bsize).ok(),
         _ => None,
     };
-    let page = page
-        .filter(|page| page.is_power_of_two())
-        .ok_or(BadMemory::Refused(
-            "memory that is no memfd and no file of tmpfs or hugetlbfs; use a memory backend with share=on",
-        ))?;
+    let page = page.filter(|page| page.is_power_of_two()).ok_or(OTHER)?;
     if len == 0 {
         return Err(BadMemory::Refused("memory of no bytes"));
     }

@@ -1,7 +1,7 @@
 //! The guest's memory: its regions as one space of guest addresses, and the log of the pages that are written.
 //!
 //! A [`GuestMemory`] never changes. When regions come or go there is another one, and requests go on with that which they
-//! began with; a region is unmapped when nobody uses it any more. Guest addresses are numbers from an untrusted side: every
+//! began with; a region is unmapped when nobody uses it any more, and until then it counts ([`Account`]). Guest addresses are numbers from an untrusted side: every
 //! access looks them up.
 //!
 //! Sources: vhost-user, "Memory region description", "Memory access", "Migration".
@@ -9,11 +9,12 @@
 use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use libvol::limits::{VHOST_LOG_BYTES_MAX, VHOST_MEMORY_BYTES_MAX, VHOST_REGIONS_MAX};
 
 use super::fault::{BadMemory, Fault};
-use super::mapping::Mapping;
+use super::mapping::{Account, Mapping};
 
 /// What GET_MAX_MEM_SLOTS says.
 pub(super) const REGIONS_MAX: usize = VHOST_REGIONS_MAX;
@@ -56,10 +57,10 @@ impl GuestMemory {
     ///
     /// # Errors
     /// One that is empty, overlaps another, goes beyond addresses or its file, or cannot be mapped; too many, or too much.
-    pub(super) fn set(regions: Vec<(Region, OwnedFd)>) -> Result<Self, BadMemory> {
+    pub(super) fn set(account: &Arc<Account>, regions: Vec<(Region, OwnedFd)>) -> Result<Self, BadMemory> {
         let mut memory = Self::empty();
         for (region, fd) in regions {
-            memory.add(region, &fd)?;
+            memory.add(account, region, &fd)?;
         }
         Ok(memory)
     }
@@ -68,11 +69,16 @@ impl GuestMemory {
     ///
     /// # Errors
     /// As [`GuestMemory::set`].
-    pub(super) fn with(&self, region: Region, fd: OwnedFd) -> Result<Self, BadMemory> {
+    pub(super) fn with(
+        &self,
+        account: &Arc<Account>,
+        region: Region,
+        fd: OwnedFd,
+    ) -> Result<Self, BadMemory> {
         let mut memory = Self {
             regions: self.regions.clone(),
         };
-        memory.add(region, &fd)?;
+        memory.add(account, region, &fd)?;
         Ok(memory)
     }
 
@@ -90,7 +96,7 @@ impl GuestMemory {
         Ok(Self { regions })
     }
 
-    fn add(&mut self, region: Region, fd: &OwnedFd) -> Result<(), BadMemory> {
+    fn add(&mut self, account: &Arc<Account>, region: Region, fd: &OwnedFd) -> Result<(), BadMemory> {
         let Region {
             guest,
             user,
@@ -127,7 +133,7 @@ impl GuestMemory {
         if touches_lower || touches_upper {
             return Err(BadMemory::Refused("memory regions overlap"));
         }
-        let mapping = Rc::new(Mapping::new(fd, offset, map_len)?);
+        let mapping = Rc::new(Mapping::new(account, fd, offset, map_len)?);
         self.regions.insert(index, Mapped { region, mapping });
         Ok(())
     }
@@ -287,12 +293,17 @@ impl DirtyLog {
     ///
     /// # Errors
     /// As [`Mapping::new`], or it is too long.
-    pub(super) fn new(fd: &OwnedFd, offset: u64, len: usize) -> Result<Self, BadMemory> {
+    pub(super) fn new(
+        account: &Arc<Account>,
+        fd: &OwnedFd,
+        offset: u64,
+        len: usize,
+    ) -> Result<Self, BadMemory> {
         if len as u64 > VHOST_LOG_BYTES_MAX {
             return Err(BadMemory::Refused("a log of more guest memory than is supported"));
         }
         Ok(Self {
-            bits: Mapping::new(fd, offset, len)?,
+            bits: Mapping::new(account, fd, offset, len)?,
             ignored: Cell::new(0),
         })
     }

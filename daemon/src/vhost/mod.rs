@@ -23,6 +23,9 @@
 //! A front-end (QEMU, which its guest may have taken over) is hostile in every byte, and the worst that it reaches is that its
 //! own device is disconnected: nothing that it passes blocks or kills the shard's thread, which other tenants share.
 //!
+//! What is left of that is the kernel's: while a front-end has a hole made into its memory (fallocate(2)), or that is brought back
+//! from swap, an access to it waits, and the thread with it (240 ms for a hole of 2 GiB). docs/SECURITY.md has the whole list.
+//!
 //! This room knows requests and bytes. Who may connect is decided by whoever calls [`serve`]; it deliberately knows no
 //! stores, no customers and no credentials.
 

@@ -11,6 +11,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use rustix::net::sockopt::{socket_domain, socket_type};
 use rustix::net::{AddressFamily, SocketType};
@@ -26,6 +27,7 @@ use super::fault::BadMemory;
 use super::front::Front;
 use super::inflight::{self, InflightArea};
 use super::leavings::{Incoming, Leavings};
+use super::mapping::Account;
 use super::memory::{DirtyLog, GuestMemory, REGIONS_MAX, Region};
 use super::message::{self, InflightShape, Message, UserAddresses};
 use super::notify::{Call, Kick, Signals};
@@ -56,6 +58,7 @@ pub(super) async fn run<D: Device>(incoming: Incoming, export: Export<D>, seat: 
         front: front.clone(),
         signals,
         leavings: leavings.clone(),
+        account: seat.account(),
         memory_files: Vec::new(),
         has_started: false,
         cache_mode: None,
@@ -83,6 +86,7 @@ struct Session<D> {
     front: Rc<Front<D>>,
     signals: Rc<Signals>,
     leavings: Rc<Leavings>,
+    account: Arc<Account>,
     /// The files of the guest's memory as it is now, kept so that none is let go by unmapping it.
     memory_files: Vec<(Region, OwnedFd)>,
     /// Whether a queue has been started.
@@ -258,7 +262,7 @@ impl<D: Device> Session<D> {
                 let file = descriptor(&mut descriptors).ok_or("no file for the log")?;
                 let log = usize::try_from(len)
                     .map_err(|_| BadMemory::Refused("a log that is too long"))
-                    .and_then(|len| DirtyLog::new(&file, offset, len));
+                    .and_then(|len| DirtyLog::new(&self.account, &file, offset, len));
                 self.leavings.put(file);
                 self.front.set_log(Some(log?));
                 return number(0);
@@ -376,7 +380,7 @@ impl<D: Device> Session<D> {
         let memory = copies
             .collect::<std::io::Result<Vec<_>>>()
             .map_err(Refused::from)
-            .and_then(|copies| Ok(GuestMemory::set(copies)?));
+            .and_then(|copies| Ok(GuestMemory::set(&self.account, copies)?));
         let (outcome, gone) = match memory {
             Ok(memory) => {
                 self.front.set_memory(memory);
@@ -392,7 +396,7 @@ impl<D: Device> Session<D> {
         let memory = file
             .try_clone()
             .map_err(Refused::from)
-            .and_then(|copy| Ok(self.front.memory().with(region, copy)?));
+            .and_then(|copy| Ok(self.front.memory().with(&self.account, region, copy)?));
         match memory {
             Ok(memory) => {
                 self.front.set_memory(memory);
@@ -456,14 +460,14 @@ impl<D: Device> Session<D> {
             queues,
             queue_size,
         } = shape;
-        let areas = InflightArea::adopt(file, offset, len, queues, queue_size)?;
+        let areas = InflightArea::adopt(&self.account, file, offset, len, queues, queue_size)?;
         for place in &mut self.queues {
             place.area = None;
         }
         for (queue, area) in areas.into_iter().enumerate() {
             self.place(queue as u32)?.area = Some(area);
         }
-        self.cache_mode = CacheMode::behind(file, offset, len, queues, queue_size);
+        self.cache_mode = CacheMode::behind(&self.account, file, offset, len, queues, queue_size);
         if let Some(mode) = &self.cache_mode {
             match mode.noted() {
                 Some(back) => self.front.set_writeback(back),

@@ -7,6 +7,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use libvol::runtime::net::Stream;
@@ -14,6 +15,7 @@ use libvol::runtime::sync::{InFlight, Notify};
 use libvol::runtime::timeout;
 
 use super::leavings::{Incoming, Leavings};
+use super::mapping::Account;
 
 /// A front-end that is served.
 pub(super) trait Member {
@@ -30,7 +32,6 @@ pub(super) trait Member {
 }
 
 /// See the module's text.
-#[derive(Default)]
 pub(crate) struct Sessions {
     ended: Cell<bool>,
     /// The one place is taken, from a front-end's coming until what it left behind is closed.
@@ -41,12 +42,22 @@ pub(crate) struct Sessions {
     member: RefCell<Option<Rc<dyn Member>>>,
     changed: Notify,
     leavings: Rc<Leavings>,
+    /// What they have mapped, those that have gone included.
+    account: Arc<Account>,
 }
 
 impl Sessions {
     /// No front-end, and open for one.
     pub(crate) fn new() -> Rc<Self> {
-        Rc::default()
+        Rc::new(Self {
+            ended: Cell::default(),
+            taken: Cell::default(),
+            awaited: Cell::default(),
+            member: RefCell::default(),
+            changed: Notify::default(),
+            leavings: Rc::default(),
+            account: Account::new(),
+        })
     }
 
     /// Takes a connection over, whether or not it will be served.
@@ -137,6 +148,11 @@ impl Seat {
     /// Where it leaves what it leaves.
     pub(super) fn leavings(&self) -> Rc<Leavings> {
         self.sessions.leavings().clone()
+    }
+
+    /// What its mappings are counted to.
+    pub(super) fn account(&self) -> Arc<Account> {
+        self.sessions.account.clone()
     }
 
     /// Makes the front-end known.

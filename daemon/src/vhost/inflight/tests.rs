@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use rustix::fs::{fstat, ftruncate};
 
 use super::*;
-use crate::vhost::guest::{Guest, QUEUE, memfd};
+use crate::vhost::guest::{Guest, QUEUE, account, memfd};
 use crate::vhost::ring::Ring;
 
 const SIZE: u16 = 8;
@@ -16,8 +16,10 @@ fn refused(result: Result<Vec<InflightArea>, BadMemory>) -> String {
 /// An area of one queue, and the bytes of it.
 fn area() -> (OwnedFd, InflightArea, Mapping) {
     let (fd, len) = create(1, SIZE).unwrap();
-    let area = InflightArea::adopt(&fd, 0, len, 1, SIZE).unwrap().remove(0);
-    let bytes = Mapping::new(&fd, 0, len as usize).unwrap();
+    let area = InflightArea::adopt(&account(), &fd, 0, len, 1, SIZE)
+        .unwrap()
+        .remove(0);
+    let bytes = Mapping::new(&account(), &fd, 0, len as usize).unwrap();
     (fd, area, bytes)
 }
 
@@ -25,19 +27,21 @@ fn area() -> (OwnedFd, InflightArea, Mapping) {
 fn its_bytes_lie_as_they_are_drawn() {
     let (fd, len) = create(3, SIZE).unwrap();
     assert_eq!(len, 3 * 192 + 64);
-    assert_eq!(fstat(&fd).unwrap().st_size, 3 * 192 + 64);
+    let stat = fstat(&fd).unwrap();
+    assert_eq!(stat.st_size, 3 * 192 + 64);
+    assert_eq!(stat.st_blocks, 0, "no memory is used before somebody brings it");
     assert!(
         ftruncate(&fd, 0).is_err() && ftruncate(&fd, 1 << 20).is_err(),
         "its length is sealed"
     );
-    let mut areas = InflightArea::adopt(&fd, 0, len, 3, SIZE).unwrap();
+    let mut areas = InflightArea::adopt(&account(), &fd, 0, len, 3, SIZE).unwrap();
     let area = &mut areas[1];
     area.counter = 0x0102_0304_0506_0708;
     area.started(2).unwrap();
     area.about_to_use(5).unwrap();
     area.about_to_use(2).unwrap();
     area.used(5, 0x1122).unwrap();
-    let bytes = Mapping::new(&fd, 0, len as usize).unwrap();
+    let bytes = Mapping::new(&account(), &fd, 0, len as usize).unwrap();
     let mut queue = [0; 192];
     bytes.read(192, &mut queue).unwrap();
     let mut expected = vec![0; 8];
@@ -70,7 +74,7 @@ fn an_area_of_a_wrong_size_is_refused() {
             area_bytes(queues, size).is_err() && create(queues, size).is_err(),
             "{queues} of {size}"
         );
-        assert!(InflightArea::adopt(&memfd(1 << 20), 0, 1 << 20, queues, size).is_err());
+        assert!(InflightArea::adopt(&account(), &memfd(1 << 20), 0, 1 << 20, queues, size).is_err());
     }
     assert_eq!(
         area_bytes(VHOST_QUEUES_MAX, 1024).unwrap(),
@@ -78,23 +82,45 @@ fn an_area_of_a_wrong_size_is_refused() {
     );
     let fd = memfd(384);
     let short = "an inflight area shorter than its queues";
-    assert_eq!(refused(InflightArea::adopt(&fd, 0, 383, 2, SIZE)), short);
-    assert_eq!(refused(InflightArea::adopt(&fd, 0, 0, 2, SIZE)), short);
-    let beyond = "memory that goes beyond the end of its file";
-    assert_eq!(refused(InflightArea::adopt(&fd, 0, 385, 3, 1024)), short);
-    assert_eq!(refused(InflightArea::adopt(&fd, 1, 384, 2, SIZE)), beyond);
-    assert_eq!(refused(InflightArea::adopt(&fd, u64::MAX, 384, 2, SIZE)), beyond);
     assert_eq!(
-        refused(InflightArea::adopt(&fd, 0, u64::MAX, VHOST_QUEUES_MAX, SIZE)),
+        refused(InflightArea::adopt(&account(), &fd, 0, 383, 2, SIZE)),
+        short
+    );
+    assert_eq!(
+        refused(InflightArea::adopt(&account(), &fd, 0, 0, 2, SIZE)),
+        short
+    );
+    let beyond = "memory that goes beyond the end of its file";
+    assert_eq!(
+        refused(InflightArea::adopt(&account(), &fd, 0, 385, 3, 1024)),
+        short
+    );
+    assert_eq!(
+        refused(InflightArea::adopt(&account(), &fd, 1, 384, 2, SIZE)),
         beyond
     );
-    InflightArea::adopt(&fd, 0, u64::MAX, 2, SIZE).unwrap();
+    assert_eq!(
+        refused(InflightArea::adopt(&account(), &fd, u64::MAX, 384, 2, SIZE)),
+        beyond
+    );
+    assert_eq!(
+        refused(InflightArea::adopt(
+            &account(),
+            &fd,
+            0,
+            u64::MAX,
+            VHOST_QUEUES_MAX,
+            SIZE
+        )),
+        beyond
+    );
+    InflightArea::adopt(&account(), &fd, 0, u64::MAX, 2, SIZE).unwrap();
 }
 
 #[test]
 fn an_area_at_an_odd_place_is_refused_and_nothing_panics() {
     let fd = memfd(4096);
-    assert!(InflightArea::adopt(&fd, 3, 192, 1, SIZE).is_err());
+    assert!(InflightArea::adopt(&account(), &fd, 3, 192, 1, SIZE).is_err());
 }
 
 #[test]
@@ -110,14 +136,14 @@ fn an_area_of_another_version_or_queue_size_is_refused() {
         let (fd, _, bytes) = area();
         bytes.store_u16(at, value).unwrap();
         assert!(
-            InflightArea::adopt(&fd, 0, 192, 1, SIZE).is_err(),
+            InflightArea::adopt(&account(), &fd, 0, 192, 1, SIZE).is_err(),
             "{value} at {at}"
         );
     }
     // Not yet used by anybody.
     let (fd, _, bytes) = area();
     bytes.store_u16(VERSION_AT, 0).unwrap();
-    InflightArea::adopt(&fd, 0, 192, 1, SIZE).unwrap();
+    InflightArea::adopt(&account(), &fd, 0, 192, 1, SIZE).unwrap();
     assert_eq!(bytes.load_u16(VERSION_AT), Ok(VERSION));
 }
 
@@ -188,7 +214,9 @@ fn a_head_that_the_area_has_no_place_for_is_a_fault() {
 #[test]
 fn an_area_that_is_cut_off_is_told() {
     let fd = memfd(192);
-    let mut area = InflightArea::adopt(&fd, 0, 192, 1, SIZE).unwrap().remove(0);
+    let mut area = InflightArea::adopt(&account(), &fd, 0, 192, 1, SIZE)
+        .unwrap()
+        .remove(0);
     ftruncate(&fd, 0).unwrap();
     assert_eq!(area.started(0), Err(Fault::Gone));
     assert!(area.is_broken() && area.recover(0).is_err());
@@ -226,7 +254,7 @@ proptest! {
         let mut marked: Vec<u16> = Vec::new();
         for (steps, crash) in lives {
             // Another process.
-            let mut area = InflightArea::adopt(&fd, 0, len, 2, SIZE).unwrap().remove(1);
+            let mut area = InflightArea::adopt(&account(), &fd, 0, len, 2, SIZE).unwrap().remove(1);
             let used = guest.get_u16(QUEUE.used + 2);
             let mut ring = Ring::new(SIZE, QUEUE, used, false, &guest.memory).unwrap();
             let mut taken = area.recover(ring.used_index()).unwrap();

@@ -1,8 +1,9 @@
 //! What happens when a page of a mapping is gone: the signal's handler, and the table by which it knows the mappings.
 //!
 //! The handler does only what a signal handler may: it reads and writes atomics and maps memory. It finds the mapping that
-//! the address is in, puts empty memory in its place and marks it broken; the interrupted access is then repeated there.
-//! A fault anywhere else is left to whoever handled it before, which is the process's end.
+//! the address is in, marks it broken and puts empty memory in the place of what the access may still touch, and not of more:
+//! pages that are there go one by one. The interrupted access is then repeated. A fault anywhere else is left to whoever
+//! handled it before, which is the process's end.
 //!
 //! Invariants: a slot's address range is only live while the mapping is mapped; the access and the handler run on the one
 //! thread that owns the mapping, while other threads claim and retire slots of theirs. So a slot is read as live only when
@@ -13,9 +14,13 @@ use std::ptr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
-use libvol::limits::VHOST_MAPPINGS_MAX;
+use libvol::limits::{VHOST_MAPPINGS_MAX, VHOST_REQUEST_BYTES_MAX};
 
 use super::BadMemory;
+
+/// What is replaced at once, from the page that is gone on, if that is not larger: as much as a request brings, so as much as
+/// one access can still touch.
+const REPLACED_BYTES: usize = VHOST_REQUEST_BYTES_MAX as usize;
 
 /// A place in the table. Its turn only grows: free, claimed, live, claimed, free, ...
 pub(super) struct Slot {
@@ -84,12 +89,13 @@ impl Slot {
         })
     }
 
-    /// Puts memory where the mapping is: all of it, or when there is not that much, the one page.
+    /// Puts memory where the access goes on. `address` is in the mapping, which has whole pages.
     fn replace(&self, address: usize) -> bool {
-        let (start, len) = (self.start.load(SeqCst), self.len.load(SeqCst));
         let page = self.page.load(SeqCst);
+        let end = self.start.load(SeqCst) + self.len.load(SeqCst);
+        let from = address & !(page - 1);
         self.broken.store(true, SeqCst);
-        put_memory(start, len) || put_memory(address & !(page - 1), page)
+        put_memory(from, REPLACED_BYTES.max(page).min(end - from))
     }
 }
 
@@ -146,29 +152,38 @@ extern "C" fn on_sigbus(signal: libc::c_int, info: *mut libc::siginfo_t, context
     let errno = unsafe { libc::__errno_location() };
     // SAFETY: as above.
     let saved = unsafe { *errno };
-    // SAFETY: the kernel passes a valid one, and an address in it for what it raises itself (codes above zero).
-    let (raised, address) = unsafe { ((*info).si_code > 0, (*info).si_addr() as usize) };
-    let replaced = raised && Slot::find(address).is_some_and(|slot| slot.replace(address));
+    // SAFETY: the kernel passes a valid one, and an address in it for what it raises itself; otherwise that is not looked at.
+    let (code, address) = unsafe { ((*info).si_code, (*info).si_addr() as usize) };
+    let done = match (code, Slot::find(address)) {
+        (libc::BUS_ADRERR | libc::BUS_MCEERR_AR, Some(slot)) => slot.replace(address),
+        // A page has broken that nobody is using just now. Whoever comes to it will be told.
+        (libc::BUS_MCEERR_AO, Some(_)) => true,
+        _ => false,
+    };
     // SAFETY: as above.
     unsafe { *errno = saved };
-    if !replaced {
-        as_before(signal, info, context, raised);
+    if !done {
+        let is_repeated = matches!(
+            code,
+            libc::BUS_ADRERR | libc::BUS_MCEERR_AR | libc::BUS_ADRALN | libc::BUS_OBJERR
+        );
+        as_before(signal, info, context, is_repeated);
     }
 }
 
 /// What would have happened without us.
-fn as_before(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void, raised: bool) {
+fn as_before(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void, is_repeated: bool) {
     let (handler, flags) = EARLIER.get().map_or((libc::SIG_DFL, 0), |earlier| {
         (earlier.sa_sigaction, earlier.sa_flags)
     });
     match handler {
-        libc::SIG_IGN if !raised => {}
-        // An access is repeated after this, and then it ends the process; what was sent is sent again.
+        libc::SIG_IGN if !is_repeated => {}
+        // An access is repeated after this, and then it ends the process; what was sent or only told is sent again.
         libc::SIG_DFL | libc::SIG_IGN => {
             // SAFETY: both calls are safe in a handler.
             unsafe {
                 libc::signal(signal, libc::SIG_DFL);
-                if !raised {
+                if !is_repeated {
                     libc::raise(signal);
                 }
             }

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use rustix::fs::ftruncate;
 
 use super::*;
-use crate::vhost::guest::{Guest, USER, memfd};
+use crate::vhost::guest::{Guest, USER, account, memfd};
 
 const PAGE: u64 = 4096;
 
@@ -20,7 +20,7 @@ fn region(guest: u64, len: u64, offset: u64) -> Region {
 fn refused(regions: &[Region], file: u64) -> String {
     let fd = memfd(file);
     let regions = regions.iter().map(|region| (*region, fd.try_clone().unwrap()));
-    match GuestMemory::set(regions.collect()) {
+    match GuestMemory::set(&account(), regions.collect()) {
         Ok(_) => panic!("taken"),
         Err(e) => e.to_string(),
     }
@@ -142,12 +142,28 @@ fn a_number_is_aligned_and_in_one_region() {
 }
 
 #[test]
+fn tables_that_requests_keep_count_as_the_one_that_is_new() {
+    let fd = memfd(PAGE);
+    let account = account();
+    let table = || {
+        let regions = (0..REGIONS_MAX as u64).map(|i| (region(i * PAGE, PAGE, 0), fd.try_clone().unwrap()));
+        GuestMemory::set(&account, regions.collect())
+    };
+    let kept = [table().unwrap(), table().unwrap()];
+    assert!(table().is_err(), "a third");
+    drop(kept);
+    while table().is_err() {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
 fn requests_go_on_with_the_memory_they_began_with_when_regions_come_and_go() {
     let fd = memfd(2 * PAGE);
     let first = region(0, PAGE, 0);
-    let one = GuestMemory::set(vec![(first, fd.try_clone().unwrap())]).unwrap();
+    let one = GuestMemory::set(&account(), vec![(first, fd.try_clone().unwrap())]).unwrap();
     let two = one
-        .with(region(PAGE, PAGE, PAGE), fd.try_clone().unwrap())
+        .with(&account(), region(PAGE, PAGE, PAGE), fd.try_clone().unwrap())
         .unwrap();
     assert!(one.check(PAGE, 1).is_err() && two.check(0, 2 * PAGE).is_ok());
     two.write(PAGE - 1, b"ab", None).unwrap();
@@ -160,7 +176,10 @@ fn requests_go_on_with_the_memory_they_began_with_when_regions_come_and_go() {
         memory.read(PAGE - 1, &mut out).unwrap();
         assert_eq!(&out, b"a");
     }
-    assert!(two.with(region(0, 1, 0), fd.try_clone().unwrap()).is_err());
+    assert!(
+        two.with(&account(), region(0, 1, 0), fd.try_clone().unwrap())
+            .is_err()
+    );
     for wrong in [
         region(1, PAGE, 0),
         region(0, PAGE - 1, 0),
@@ -190,14 +209,14 @@ fn user_addresses_lead_to_guest_addresses() {
 #[test]
 fn a_log_that_is_cut_off_is_told_and_kills_nobody() {
     let fd = memfd(2 * PAGE);
-    let log = DirtyLog::new(&fd, 0, 2 * PAGE as usize).unwrap();
+    let log = DirtyLog::new(&account(), &fd, 0, 2 * PAGE as usize).unwrap();
     ftruncate(&fd, 0).unwrap();
     assert!(!log.is_broken());
     log.mark(0, u64::MAX);
     assert!(log.is_broken());
-    assert!(DirtyLog::new(&fd, 0, 1).is_err());
+    assert!(DirtyLog::new(&account(), &fd, 0, 1).is_err());
     let long = memfd(VHOST_LOG_BYTES_MAX + 1);
-    assert!(DirtyLog::new(&long, 0, VHOST_LOG_BYTES_MAX as usize + 1).is_err());
+    assert!(DirtyLog::new(&account(), &long, 0, VHOST_LOG_BYTES_MAX as usize + 1).is_err());
 }
 
 /// Where in the file each address of a small space is.
@@ -222,11 +241,11 @@ proptest! {
     ) {
         let regions: Vec<_> = regions.into_iter().map(|(guest, len, offset)| region(guest, len, offset)).collect();
         let fd = memfd(PAGE);
-        let whole = Mapping::new(&fd, 0, PAGE as usize).unwrap();
+        let whole = Mapping::new(&account(), &fd, 0, PAGE as usize).unwrap();
         let bytes: Vec<u8> = (0..PAGE).map(|i| (i * 31 + i / 256) as u8).collect();
         whole.write(0, &bytes).unwrap();
         let passed = regions.iter().map(|region| (*region, fd.try_clone().unwrap())).collect();
-        let memory = GuestMemory::set(passed);
+        let memory = GuestMemory::set(&account(), passed);
         let Some(places) = model(&regions, 300) else {
             prop_assert!(memory.is_err());
             return Ok(());
@@ -250,7 +269,7 @@ proptest! {
     ) {
         // For 24 pages.
         let fd = memfd(PAGE);
-        let log = DirtyLog::new(&fd, 8, 3).unwrap();
+        let log = DirtyLog::new(&account(), &fd, 8, 3).unwrap();
         let mut expected = [false; 24];
         let mut beyond = 0;
         for (at, len) in &writes {
@@ -266,7 +285,7 @@ proptest! {
         }
         prop_assert_eq!(log.ignored(), beyond);
         log.mark(far.0 | 1 << 40, far.1);
-        let whole = Mapping::new(&fd, 0, PAGE as usize).unwrap();
+        let whole = Mapping::new(&account(), &fd, 0, PAGE as usize).unwrap();
         let mut bytes = vec![0; PAGE as usize];
         whole.read(0, &mut bytes).unwrap();
         for (page, bit) in expected.iter().enumerate() {
@@ -280,10 +299,10 @@ proptest! {
 fn what_is_written_is_logged() {
     let guest = Guest::new(&[(0, 4 * PAGE)]);
     let fd = memfd(PAGE);
-    let log = DirtyLog::new(&fd, 0, 1).unwrap();
+    let log = DirtyLog::new(&account(), &fd, 0, 1).unwrap();
     guest.memory.write(PAGE - 1, &[1, 2], Some(&log)).unwrap();
     guest.memory.write(3 * PAGE, &[], Some(&log)).unwrap();
-    let bits = Mapping::new(&fd, 0, 1).unwrap();
+    let bits = Mapping::new(&account(), &fd, 0, 1).unwrap();
     assert_eq!(bits.load_u8(0), Ok(0b11));
     assert!(guest.memory.write(4 * PAGE, &[1], Some(&log)).is_err());
     assert_eq!(log.ignored(), 0);

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use rustix::fs::ftruncate;
 
 use super::*;
-use crate::vhost::guest::{self, DATA, Guest, QUEUE, memfd};
+use crate::vhost::guest::{self, DATA, Guest, QUEUE, account, memfd};
 use crate::vhost::mapping::Mapping;
 use crate::vhost::memory::Region;
 
@@ -379,7 +379,7 @@ fn a_guest_that_scribbles_over_everything_gets_requests_inside_the_device_or_non
     std::thread::scope(|scope| {
         let (fd, done) = (&guest.fd, &done);
         scope.spawn(move || {
-            let memory = Mapping::new(fd, 0, guest::END as usize).unwrap();
+            let memory = Mapping::new(&account(), fd, 0, guest::END as usize).unwrap();
             let values = [0, 1, 2, 3, 4, 7, 16, 512, 0x8000, 0xffff];
             let mut chance = 1_u64;
             while !done.load(Ordering::Relaxed) {
@@ -462,11 +462,11 @@ fn answer_and_status_are_logged() {
     let guest = Guest::simple();
     lay_out(&guest, TYPE_IN, 0, 0, 512);
     let fd = memfd(4096);
-    let log = DirtyLog::new(&fd, 0, 32).unwrap();
+    let log = DirtyLog::new(&account(), &fd, 0, 32).unwrap();
     let request = request(&guest);
     request.scatter(&guest.memory, Some(&log), 0, &[1; 512]).unwrap();
     request.finish(&guest.memory, Some(&log), STATUS_OK).unwrap();
-    let bits = Mapping::new(&fd, 0, 32).unwrap();
+    let bits = Mapping::new(&account(), &fd, 0, 32).unwrap();
     let marked: Vec<usize> = (0..32 * 8)
         .filter(|page| bits.load_u8(page / 8).unwrap() >> (page % 8) & 1 == 1)
         .collect();

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::vhost::guest::{self, DATA, Guest, QUEUE, memfd};
+use crate::vhost::guest::{self, DATA, Guest, QUEUE, account, memfd};
 use crate::vhost::mapping::Mapping;
 
 const SIZE: u16 = 8;
@@ -263,8 +263,8 @@ fn without_event_indices_the_guest_is_called_unless_it_says_no() {
 fn writes_to_the_used_ring_are_logged_where_the_front_end_says() {
     let mut guest = Guest::simple();
     let fd = memfd(4096);
-    let log = DirtyLog::new(&fd, 0, 2).unwrap();
-    let bits = Mapping::new(&fd, 0, 2).unwrap();
+    let log = DirtyLog::new(&account(), &fd, 0, 2).unwrap();
+    let bits = Mapping::new(&account(), &fd, 0, 2).unwrap();
     let logged = |addresses| Ring::new(SIZE, addresses, 0, true, &guest.memory).unwrap();
     let mut silent = logged(QUEUE);
     // Entries in page 9, the event index after them in page 10.
