@@ -1,4 +1,5 @@
-//! Why a guest's memory, rings or chains cannot be used. Both kinds end the session that meets them, and nothing else.
+//! Why a guest's memory, rings or chains cannot be used. A [`Fault`] ends the session that meets it, and nothing else. A
+//! [`BadMemory`] refuses what a front-end passes; whether that ends its session is for who asked.
 
 use std::fmt;
 use std::io;

@@ -37,6 +37,8 @@ pub(super) struct Front<D> {
     phase: Cell<Phase>,
     changed: Notify,
     features: Cell<u64>,
+    /// Queues that have been started.
+    queues: Rc<InFlight>,
     /// What the guest has set the cache to, if it may.
     writeback: Cell<bool>,
     memory: RefCell<Rc<GuestMemory>>,
@@ -73,6 +75,7 @@ impl<D: Device> Front<D> {
             phase: Cell::new(Phase::Open),
             changed: Notify::default(),
             features: Cell::new(0),
+            queues: Rc::default(),
             writeback: Cell::new(true),
             memory: RefCell::new(Rc::new(GuestMemory::empty())),
             log: RefCell::default(),
@@ -117,17 +120,28 @@ impl<D: Device> Front<D> {
         self.features.set(features);
     }
 
-    /// Whether a write may be acknowledged before it is durable (VIRTIO 1.2, 5.2.6.2).
-    pub(super) fn writes_back(&self) -> bool {
-        match self.features.get() {
-            features if features & feature::BLK_CONFIG_WCE != 0 => self.writeback.get(),
-            features => features & feature::BLK_FLUSH != 0,
-        }
+    /// Counts its queues, from start to stop.
+    pub(super) fn queues(&self) -> &Rc<InFlight> {
+        &self.queues
     }
 
-    /// The cache's mode as the configuration space has it.
+    /// Whether a write may be acknowledged before it is durable (VIRTIO 1.2, 5.2.6.2): never to a guest that cannot flush.
+    pub(super) fn writes_back(&self) -> bool {
+        let features = self.features.get();
+        let may_be_set = features & feature::BLK_CONFIG_WCE != 0;
+        features & feature::BLK_FLUSH != 0 && (!may_be_set || self.writeback.get())
+    }
+
+    /// What the cache's mode was set to.
     pub(super) fn writeback(&self) -> bool {
         self.writeback.get()
+    }
+
+    /// The cache's mode as the configuration space has it. Front-ends read that before they agree on anything, and then it
+    /// is what was set; for a guest that may set it and cannot flush, it is through (VIRTIO 1.2, 5.2.5.2).
+    pub(super) fn writeback_in_space(&self) -> bool {
+        let settable = self.features.get() & feature::BLK_CONFIG_WCE != 0;
+        self.writeback.get() && (!settable || self.writes_back())
     }
 
     /// The guest sets the cache's mode. It outlives resets: front-ends tell it once.
@@ -299,6 +313,10 @@ impl<D: Device> Member for Front<D> {
     }
 
     fn configuration_changed(&self) {
+        // Front-ends do not listen to a device that does not run. They are told when it does.
+        if self.queues.count() == 0 {
+            return;
+        }
         let channel = self.backend_channel.borrow();
         let Some(channel) = &*channel else { return };
         if let Err(end) = send_now(channel.as_fd(), &config_has_changed(), None) {

@@ -71,6 +71,7 @@ pub(super) struct Setup {
 pub(super) struct Started<D> {
     queue: Rc<Queue<D>>,
     worker: Task<()>,
+    _counted: InFlightGuard,
 }
 
 struct Queue<D> {
@@ -108,8 +109,10 @@ impl<D: Device> Started<D> {
         let mut ring = Ring::new(size, addresses, base, event_idx, &memory)?;
         let mut left = Vec::new();
         if let Some(area) = &mut area {
-            if area.size() != size {
-                return Err(BadMemory::Refused("an inflight area for queues of another size"));
+            // An area may be for more than the guest has chosen: front-ends ask for it before they know. What a larger queue
+            // left in it, the ring refuses.
+            if area.size() < size {
+                return Err(BadMemory::Refused("an inflight area for smaller queues"));
             }
             left = area.recover(ring.used_index())?;
             ring.resume(&left)?;
@@ -137,13 +140,25 @@ impl<D: Device> Started<D> {
         // What an earlier back-end gave back, it may not have called for.
         queue.call_soon();
         let worker = spawn(queue.clone().work(kick));
-        Ok(Self { queue, worker })
+        Ok(Self {
+            queue,
+            worker,
+            _counted: front.queues().enter(),
+        })
     }
 
-    /// Enabled or not: whether it is looked at.
-    pub(super) fn enable(&self, on: bool) {
-        self.queue.enabled.set(on);
+    /// It is looked at.
+    pub(super) fn enable(&self) {
+        self.queue.enabled.set(true);
         self.queue.tell();
+    }
+
+    /// It is not looked at any more. Waits until what it took has been given back, or its front-end has gone.
+    pub(super) async fn disable(&self) {
+        self.queue.enabled.set(false);
+        self.queue.tell();
+        select(pin!(self.queue.in_flight.idle()), pin!(self.queue.front.cut())).await;
+        self.queue.call_now();
     }
 
     /// Writes to the used ring are logged there from now on, or not any more.

@@ -327,7 +327,7 @@ fn ranges(
 ) -> Result<Result<Ranges, Status>, Fault> {
     let count = payload / RANGE_BYTES as u64;
     let in_shape = payload.is_multiple_of(RANGE_BYTES as u64) && (1..=u64::from(max.ranges)).contains(&count);
-    if rules.read_only || !in_shape || payload > VHOST_REQUEST_BYTES_MAX {
+    if rules.read_only || !in_shape {
         return Ok(Err(IOERR));
     }
     let mut bytes = vec![0; payload as usize];

@@ -3,7 +3,7 @@
 //! Every message is answered before the next is read. One that cannot be carried out is answered with an error when the
 //! front-end waits for an answer, and ends the conversation when it does not: it would go on under a wrong idea of its
 //! device. A queue begins when it has a kick and is enabled, and ends with GET_VRING_BASE or a reset, which are answered
-//! after its last request has been. Queues that run keep their place: of what describes them, only the log may change.
+//! after its last request has been; so is what disables it. Queues that run keep their place: of what describes them, only the log may change.
 //!
 //! The guest's memory and the cache's mode outlive a reset, for front-ends tell only what has changed of them.
 //!
@@ -60,7 +60,6 @@ pub(super) async fn run<D: Device>(incoming: Incoming, export: Export<D>, seat: 
         leavings: leavings.clone(),
         account: seat.account(),
         memory_files: Vec::new(),
-        has_started: false,
         cache_mode: None,
         protocol: 0,
         status: 0,
@@ -89,8 +88,6 @@ struct Session<D> {
     account: Arc<Account>,
     /// The files of the guest's memory as it is now, kept so that none is let go by unmapping it.
     memory_files: Vec<(Region, OwnedFd)>,
-    /// Whether a queue has been started.
-    has_started: bool,
     /// Where the cache's mode is noted.
     cache_mode: Option<CacheMode>,
     /// Agreed protocol features.
@@ -218,8 +215,8 @@ impl<D: Device> Session<D> {
             Err(Refused(why)) if needs_ack && !has_reply => {
                 tracing::debug!(
                     volume = self.front.name(),
-                    "vhost-user: {message_name} refused: {why}",
-                    message_name = header.request
+                    "vhost-user: message {number} refused: {why}",
+                    number = header.request
                 );
                 self.acknowledge(header.request, 1)
             }
@@ -333,10 +330,11 @@ impl<D: Device> Session<D> {
             Message::SetVringEnable { queue, on } => {
                 let place = self.place(queue)?;
                 place.enabled = on;
-                if let Some(started) = &place.started {
-                    started.enable(on);
-                } else {
-                    self.start(queue)?;
+                match &place.started {
+                    None => self.start(queue)?,
+                    Some(started) if on => started.enable(),
+                    // For some front-ends that is all of a pause.
+                    Some(started) => started.disable().await,
                 }
             }
             Message::Unknown(_) => {
@@ -479,7 +477,11 @@ impl<D: Device> Session<D> {
 
     fn get_config(&self, offset: u32, len: u32, flags: u32) -> Result<Answer, Refused> {
         let front = &self.front;
-        let space = space(front.device().size_bytes(), front.read_only(), front.writeback());
+        let space = space(
+            front.device().size_bytes(),
+            front.read_only(),
+            front.writeback_in_space(),
+        );
         let piece = space
             .get(offset as usize..)
             .and_then(|rest| rest.get(..len as usize))
@@ -490,7 +492,11 @@ impl<D: Device> Session<D> {
     /// Only the cache's mode may be set; a front-end that writes more of the space back must have read it.
     fn set_config(&self, offset: u32, bytes: &[u8]) -> Result<(), Refused> {
         let front = &self.front;
-        let space = space(front.device().size_bytes(), front.read_only(), front.writeback());
+        let space = space(
+            front.device().size_bytes(),
+            front.read_only(),
+            front.writeback_in_space(),
+        );
         let mut writeback = front.writeback();
         for (at, byte) in (offset..).zip(bytes) {
             match (at, byte) {
@@ -568,6 +574,7 @@ impl<D: Device> Session<D> {
             kick,
             call: place.call.clone(),
         };
+        let is_first = front.queues().count() == 0;
         match Started::new(&front, setup) {
             Ok(started) => place.started = Some(started),
             Err(why) => {
@@ -576,8 +583,8 @@ impl<D: Device> Session<D> {
                 return Err(why.into());
             }
         }
-        if !std::mem::replace(&mut self.has_started, true) {
-            // The volume may have grown while nobody was there to tell: one that comes back does not look.
+        if is_first {
+            // The volume may have grown while nobody was there to tell, or listened: one that comes back does not look.
             front.configuration_changed();
         }
         Ok(())
@@ -596,12 +603,14 @@ impl<D: Device> Session<D> {
         place.base
     }
 
-    /// As the device was at first, but for the guest's memory.
+    /// Every queue is stopped, disabled, and begins at its first entry again; the status is none. All else stays until it is
+    /// told anew.
     async fn reset(&mut self) {
         for index in 0..self.queues.len() {
             self.stop(index).await;
             let place = &mut self.queues[index];
             (place.enabled, place.base) = (false, 0);
         }
+        self.status = 0;
     }
 }

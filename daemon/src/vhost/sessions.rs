@@ -27,7 +27,7 @@ pub(super) trait Member {
     fn cut(&self);
     /// Whether it has hung up.
     fn has_gone(&self) -> bool;
-    /// The configuration space is another.
+    /// The configuration space is another. One whose device does not run is told when it does.
     fn configuration_changed(&self);
 }
 

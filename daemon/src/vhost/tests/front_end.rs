@@ -42,6 +42,8 @@ pub(super) struct FrontEnd {
     pub(super) call: OwnedFd,
     calls: Kick,
     pub(super) need_reply: bool,
+    /// Entries that it says its queue has.
+    pub(super) entries: u16,
 }
 
 /// What came back: its number, its payload, what came with it.
@@ -59,6 +61,7 @@ impl FrontEnd {
             calls: Kick::new(call.try_clone().unwrap(), &signals).ok().unwrap(),
             call,
             need_reply: false,
+            entries: ENTRIES,
         }
     }
 
@@ -164,7 +167,22 @@ impl FrontEnd {
 
     /// Describes the queue and starts it.
     pub(super) async fn start_queue(&self, base: u16) -> bool {
-        let described = self.tell_queue(number::SET_VRING_NUM, 0, ENTRIES.into()).await
+        self.describe_queue(base).await && self.tell_queue(number::SET_VRING_ENABLE, 0, 1).await
+    }
+
+    /// Describes the queue, which ends the conversation when it is started.
+    pub(super) async fn starting_queue_is_the_end(&self, base: u16) -> bool {
+        let enable = [0u32.to_ne_bytes(), 1u32.to_ne_bytes()].concat();
+        let described = self.describe_queue(base).await;
+        self.send(number::SET_VRING_ENABLE, &enable, None);
+        described && self.is_cut().await
+    }
+
+    /// All that a queue needs but to be enabled.
+    async fn describe_queue(&self, base: u16) -> bool {
+        let described = self
+            .tell_queue(number::SET_VRING_NUM, 0, self.entries.into())
+            .await
             && self.tell_queue(number::SET_VRING_BASE, 0, base.into()).await
             && self.set_addresses(None).await;
         let zero = 0u64.to_ne_bytes();
@@ -175,7 +193,6 @@ impl FrontEnd {
             && self
                 .ask(number::SET_VRING_KICK, &zero, Some(self.kick.as_fd()))
                 .await
-            && self.tell_queue(number::SET_VRING_ENABLE, 0, 1).await
     }
 
     /// From nothing to a queue that runs.
@@ -193,11 +210,16 @@ impl FrontEnd {
 
     /// A new area for what is in flight.
     pub(super) async fn inflight_area(&self) -> (OwnedFd, Vec<u8>) {
+        self.inflight_area_of(ENTRIES).await
+    }
+
+    /// The same, for a queue of so many entries.
+    pub(super) async fn inflight_area_of(&self, entries: u16) -> (OwnedFd, Vec<u8>) {
         let shape = InflightShape {
             len: 0,
             offset: 0,
             queues: 1,
-            queue_size: ENTRIES,
+            queue_size: entries,
         };
         self.send(number::GET_INFLIGHT_FD, &shape.encode(24), None);
         let (_, payload, mut descriptors) = self.reply().await.unwrap();

@@ -1,6 +1,8 @@
 //! How front-ends come and go: one at a time, nothing of an old one after a newer one, nothing lost that was not answered.
 
-use super::front_end::{FEATURES, FrontEnd, READ, UNTOUCHED, WRITE};
+use rustix::net::RecvFlags;
+
+use super::front_end::{ENTRIES, FEATURES, FrontEnd, READ, UNTOUCHED, WRITE};
 use super::*;
 use crate::vhost::config::{WRITEBACK_AT, feature};
 use crate::vhost::message::number;
@@ -124,6 +126,88 @@ fn what_was_in_flight_when_the_back_end_ended_is_done_again_in_its_order_and_thr
         let order = [6, 0, 3, 12].map(|sector| format!("write {}+512 fua=true", sector * 512));
         assert_eq!(*attachment.device.log.borrow(), order);
         assert_eq!(again.stop_queue().await, Some(5));
+    });
+}
+
+#[test]
+fn an_inflight_area_may_be_for_larger_queues_and_not_for_smaller_ones() {
+    on_both(|| async {
+        for entries in [ENTRIES / 2, ENTRIES, 2 * ENTRIES] {
+            let attachment = Attachment::new();
+            let (mut guest, _task) = attachment.connect();
+            guest.agree(FEATURES).await;
+            let area = guest.inflight_area_of(entries).await;
+            assert!(guest.use_area(&area).await && guest.pass_memory().await);
+            if entries < ENTRIES {
+                assert!(guest.starting_queue_is_the_end(0).await);
+                continue;
+            }
+            assert!(guest.start_queue(0).await, "{entries} entries");
+            assert_eq!(guest.carry_out(0, WRITE, 0, 512).await, 0);
+            assert_eq!(guest.stop_queue().await, Some(1));
+        }
+    });
+}
+
+#[test]
+fn what_a_larger_queue_left_in_flight_is_not_done_in_a_smaller_one() {
+    on_both(|| async {
+        let attachment = Attachment::new();
+        let (mut guest, task) = attachment.connect();
+        guest.agree(FEATURES).await;
+        let area = guest.inflight_area().await;
+        assert!(guest.use_area(&area).await && guest.pass_memory().await);
+        assert!(guest.start_queue(0).await);
+        attachment.device.hold();
+        let beyond = 129;
+        guest.lay(beyond, WRITE, 0, 512);
+        guest.offer(beyond);
+        eventually("it is at the device", || attachment.device.running.get() == 1).await;
+        guest.hang_up().await;
+        attachment.device.release();
+        task.await;
+        let FrontEnd { guest: memory, .. } = guest;
+        let (mut again, _task) = attachment.connect();
+        (again.guest, again.entries) = (memory, 128);
+        again.agree(FEATURES).await;
+        assert!(again.use_area(&area).await && again.pass_memory().await);
+        assert!(again.starting_queue_is_the_end(0).await);
+        assert_eq!(attachment.device.log.borrow().len(), 1);
+    });
+}
+
+#[test]
+fn a_queue_is_disabled_after_its_last_request_unless_its_front_end_goes_before() {
+    on_both(|| async {
+        let attachment = Attachment::new();
+        let (mut guest, task) = attachment.start().await;
+        for goes_before in [false, true] {
+            let (before, head) = (guest.used_index(), if goes_before { 3 } else { 0 });
+            attachment.device.hold();
+            guest.lay(head, READ, 0, 512);
+            guest.offer(head);
+            eventually("it is at the device", || attachment.device.running.get() == 1).await;
+            guest.send(number::SET_VRING_ENABLE, &[0; 8], None);
+            many_turns().await;
+            let peeked = rustix::net::recv(
+                guest.stream.socket(),
+                &mut [0; 1],
+                RecvFlags::PEEK | RecvFlags::DONTWAIT,
+            );
+            assert_eq!(peeked.err(), Some(rustix::io::Errno::AGAIN), "no answer yet");
+            assert_eq!((guest.used_index(), guest.status(head)), (before, UNTOUCHED));
+            if goes_before {
+                guest.hang_up().await;
+                attachment.device.release();
+                break;
+            }
+            attachment.device.release();
+            assert_eq!(guest.reply().await.unwrap().1, 0u64.to_ne_bytes());
+            assert_eq!((guest.used_index(), guest.status(head)), (before + 1, 0));
+            assert!(guest.tell_queue(number::SET_VRING_ENABLE, 0, 1).await);
+        }
+        task.await;
+        assert_eq!((guest.used_index(), guest.status(3)), (1, UNTOUCHED));
     });
 }
 

@@ -162,7 +162,7 @@ fn what_is_written_to_the_guest_is_logged_while_that_is_agreed_on() {
 }
 
 #[test]
-fn a_front_end_with_a_channel_is_told_that_the_device_has_grown() {
+fn a_front_end_with_a_channel_is_told_that_the_device_has_grown_once_the_device_runs() {
     on_both(|| async {
         let attachment = Attachment::new();
         let (mut guest, _task) = attachment.connect();
@@ -170,13 +170,32 @@ fn a_front_end_with_a_channel_is_told_that_the_device_has_grown() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         assert!(guest.ask(SET_BACKEND_REQ_FD, &[], Some(theirs.as_fd())).await);
         drop(theirs);
+        let told = || {
+            let mut message = [0; 36];
+            match rustix::net::recv(&ours, &mut message, rustix::net::RecvFlags::DONTWAIT) {
+                Ok((received, _)) => message[..received].to_vec(),
+                Err(rustix::io::Errno::AGAIN) => vec![],
+                Err(e) => panic!("{e}"),
+            }
+        };
+        let changed = [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
         attachment.device.grow(2 * SIZE);
         attachment.sessions.resized();
-        let mut message = [0; 13];
-        let received = rustix::net::recv(&ours, &mut message, rustix::net::RecvFlags::DONTWAIT)
-            .unwrap()
-            .0;
-        assert_eq!(message[..received], [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        assert!(told().is_empty(), "nothing runs, so nobody listens");
+        assert!(guest.pass_memory().await && guest.start_queue(0).await);
+        assert_eq!(told(), changed, "it runs");
+        attachment.sessions.resized();
+        assert_eq!(told(), changed);
+        for ends in ["a pause", "a reset"] {
+            match ends {
+                "a pause" => assert_eq!(guest.stop_queue().await, Some(0)),
+                _ => assert!(guest.ask(RESET_DEVICE, &[], None).await),
+            }
+            attachment.sessions.resized();
+            assert!(told().is_empty(), "{ends}");
+            assert!(guest.start_queue(0).await);
+            assert_eq!(told(), changed, "{ends} is over");
+        }
         // One that does not read is not waited for.
         for _ in 0..100_000 {
             attachment.sessions.resized();
@@ -192,8 +211,10 @@ fn a_reset_stops_every_queue_and_keeps_the_memory() {
             let attachment = Attachment::new();
             let (mut guest, _task) = attachment.start().await;
             assert_eq!(guest.carry_out(0, WRITE, 0, 512).await, 0);
+            assert!(guest.tell(SET_STATUS, &[15]).await);
             let payload = if reset == SET_STATUS { words(&[0]) } else { vec![] };
             assert!(guest.ask(reset, &payload, None).await);
+            assert_eq!(guest.number(GET_STATUS).await, 0);
             guest.lay(3, WRITE, 0, 512);
             guest.offer(3);
             many_turns().await;

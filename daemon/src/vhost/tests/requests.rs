@@ -106,10 +106,24 @@ fn a_read_only_device_refuses_what_would_change_it() {
     });
 }
 
+/// The cache's mode in the configuration space.
+async fn mode_of(guest: &FrontEnd) -> u8 {
+    let mut payload: Vec<u8> = [WRITEBACK_AT, 1, 0]
+        .iter()
+        .flat_map(|word| word.to_ne_bytes())
+        .collect();
+    payload.push(0);
+    guest.send(number::GET_CONFIG, &payload, None);
+    guest.reply().await.unwrap().1[12]
+}
+
 #[test]
 fn a_write_is_durable_before_it_is_acknowledged_unless_the_guest_has_a_cache_to_flush() {
     on_both(|| async {
+        let cannot_flush = FEATURES & !feature::BLK_FLUSH | feature::BLK_CONFIG_WCE;
         for (features, writeback, fua) in [
+            (cannot_flush, None, true),
+            (cannot_flush, Some(1), true),
             (FEATURES, None, false),
             (FEATURES & !feature::BLK_FLUSH, None, true),
             (FEATURES | feature::BLK_CONFIG_WCE, None, false),
@@ -118,6 +132,7 @@ fn a_write_is_durable_before_it_is_acknowledged_unless_the_guest_has_a_cache_to_
         ] {
             let attachment = Attachment::new();
             let (mut guest, _task) = attachment.connect();
+            assert_eq!(mode_of(&guest).await, 1, "before anything is agreed on");
             guest.agree(features).await;
             assert!(guest.pass_memory().await && guest.start_queue(0).await);
             if let Some(writeback) = writeback {
@@ -127,6 +142,9 @@ fn a_write_is_durable_before_it_is_acknowledged_unless_the_guest_has_a_cache_to_
                     .collect();
                 payload.push(writeback);
                 assert!(guest.ask(number::SET_CONFIG, &payload, None).await);
+            }
+            if features & feature::BLK_CONFIG_WCE != 0 {
+                assert_eq!(mode_of(&guest).await, u8::from(!fua), "{features:#x}");
             }
             assert_eq!(guest.carry_out(0, WRITE, 0, 512).await, 0);
             assert_eq!(
