@@ -82,7 +82,7 @@ async fn serve(args: &Serve, config: &Config) -> Result<()> {
     tracing::info!("{name}: stopping");
     notify(&[sd_notify::NotifyState::Stopping]);
     operations.stop().await;
-    tracing::info!("stopped; everything is clean");
+    tracing::info!("stopped");
     Ok(())
 }
 

@@ -5,6 +5,7 @@ use vold_tests::content::sparse_file;
 use vold_tests::nbd::{CMD_CACHE, Client};
 use vold_tests::nbdkit::Nbdkit;
 use vold_tests::tools::{fail, run, succeed, tool};
+use vold_tests::vold::Vold;
 use vold_tests::{Engine, Setup, scale};
 
 const CONNECTIONS: [&str; 3] = ["1", "4", "8"];
@@ -19,10 +20,18 @@ fn copy(connections: &str, from: &str, to: &str) -> std::process::Command {
     nbdcopy
 }
 
+/// A daemon with a volume of that size, and stores with room for it.
+fn started(setup: Setup, size: u64) -> (Vold, String) {
+    let vold = Vold::start_on(setup.engine);
+    let store = (size + (256 << 20)).to_string();
+    let uri = vold.with_volume(setup.replicas, &store, &size.to_string());
+    (vold, uri)
+}
+
 /// Copies what `plugin` makes into a volume and back, over 1, 4 and 8 connections. It must compare what comes back.
 fn copied_in_and_out(engine: Engine, size: u64, plugin: impl Fn(usize) -> Vec<String>) {
     let setup = Setup { replicas: 2, engine };
-    let (vold, uri) = setup.volume(&size.to_string());
+    let (vold, uri) = started(setup, size);
     for (round, connections) in CONNECTIONS.into_iter().enumerate() {
         let arguments = plugin(round);
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -88,7 +97,7 @@ fn checkwrite_finds_every_byte_of_an_image_in_the_volume_and_one_that_is_wrong()
         replicas: 1,
         engine: Engine::Uring,
     };
-    let (vold, uri) = setup.volume(&size.to_string());
+    let (vold, uri) = started(setup, size);
     let image = vold.path("image");
     let image = image.to_str().unwrap();
     sparse_file(image.as_ref(), 4, size);

@@ -368,9 +368,13 @@ fn run_one(seed: u64) -> u64 {
                 for task in tasks {
                     let error = task.await.unwrap_err();
                     assert!(matches!(error.kind(), Kind::Io | Kind::Unavailable), "{error:?}");
-                    // A failed data write stops its volume; a failed sync or metadata write the whole store.
+                    // A failed data write stops its volume; of a slot, what was to be written there; a failed sync or other
+                    // metadata write the whole store.
+                    let message = error.message();
                     assert!(
-                        store.fault().is_some() || error.message().contains("extent"),
+                        store.fault().is_some()
+                            || message.contains("extent")
+                            || message.contains("volume slot"),
                         "{error:?} and no fault"
                     );
                 }
