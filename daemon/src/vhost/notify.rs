@@ -13,11 +13,12 @@ use std::cell::{Cell, RefCell};
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::{Rc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use libvol::runtime::{Driver, Op, runtime, submit};
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::{ReadWriteFlags, preadv2};
+use rustix::time::{ClockId, clock_gettime};
 
 /// The descriptor by which a guest says that there is something in its queue.
 pub(super) struct Kick {
@@ -64,9 +65,9 @@ pub(super) struct Call {
 }
 
 /// Whoever watches an eventfd is woken within the call, and a front-end can have it watched so often that this takes long. A
-/// call is one that takes this; there is 1 µs to be done.
+/// call is one that takes this much of the thread's own time, whoever else has the processor meanwhile; there is 1 µs to be done.
 const SLOW: Duration = Duration::from_millis(1);
-/// A slow call weighs as much as so many quick ones in between, for a thread may be kept from running at any time.
+/// A slow call weighs as much as so many quick ones in between, for interrupts may count as the thread's.
 const SLOW_WEIGHS: u32 = 8;
 /// With eight slow calls, and none but slow ones, a front-end is no longer borne.
 const UNBEARABLE: u32 = 8 * SLOW_WEIGHS;
@@ -89,18 +90,25 @@ impl Call {
 
     /// Calls. Gives whether that can go on: it takes no longer than it may.
     pub(super) fn call(&self) -> bool {
-        let begun = Instant::now();
+        let begun = thread_time();
         if let Err(e) = self.signals.signal(&self.descriptor) {
             // The kernel was out of memory for it. The guest's own timeout is what is left.
             tracing::error!("vhost-user: a guest cannot be called: {e}");
         }
-        let slowness = match begun.elapsed() >= SLOW {
+        let slowness = match thread_time().saturating_sub(begun) >= SLOW {
             true => self.slowness.get() + SLOW_WEIGHS,
             false => self.slowness.get().saturating_sub(1),
         };
         self.slowness.set(slowness);
         slowness < UNBEARABLE
     }
+}
+
+/// Processor time that this thread has used.
+fn thread_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    // It is never negative, nor a second in nanoseconds.
+    Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec as u32)
 }
 
 /// A thread's way to signal eventfds. One serves all its queues.
