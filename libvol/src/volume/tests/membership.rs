@@ -365,7 +365,8 @@ fn run_one(seed: u64) {
         media = match ended {
             Some(()) => {
                 world.model.borrow_mut().closed();
-                driver.media()
+                // A store that was opened anew meanwhile may have had writes under way; they end with the process.
+                driver.media_after_exit()
             }
             None => driver.media_after_cut(cut),
         };
