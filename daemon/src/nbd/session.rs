@@ -164,16 +164,8 @@ impl Sessions {
                     .iter()
                     .filter_map(|(_, entry)| Some((entry, entry.member.as_ref()?)))
             };
-            let mut fds: Vec<PollFd<'_>> = transmitting()
-                .map(|(entry, _)| PollFd::new(entry.stream.socket(), PollFlags::RDHUP))
-                .collect();
-            // A poll that fails tells nothing; the driver will.
-            if !poll(&mut fds, Some(&AT_ONCE)).is_ok_and(|found| found > 0) {
-                return;
-            }
-            let found = transmitting()
-                .zip(&fds)
-                .filter(|(_, fd)| !fd.revents().is_empty());
+            let gone = hung_up(transmitting().map(|(entry, _)| &entry.stream));
+            let found = transmitting().zip(gone).filter(|(_, gone)| *gone);
             found.filter_map(|((_, member), _)| member.upgrade()).collect()
         };
         gone.iter().for_each(|member| member.hung_up());
@@ -183,6 +175,19 @@ impl Sessions {
         let members = self.members.borrow();
         let present = members.iter().filter_map(|(_, entry)| entry.member.as_ref());
         present.filter_map(Weak::upgrade).collect()
+    }
+}
+
+/// Which of these have hung up, as far as it is known now; nothing when none has, or the poll fails: the driver, or the next
+/// receive, will tell.
+pub(super) fn hung_up<'a>(streams: impl Iterator<Item = &'a Stream>) -> Vec<bool> {
+    let mut fds: Vec<PollFd<'_>> = streams
+        .map(|stream| PollFd::new(stream.socket(), PollFlags::RDHUP))
+        .collect();
+    match poll(&mut fds, Some(&AT_ONCE)) {
+        // RDHUP is all that was asked for; what is reported unasked is an end as well.
+        Ok(found) if found > 0 => fds.iter().map(|fd| !fd.revents().is_empty()).collect(),
+        _ => Vec::new(),
     }
 }
 

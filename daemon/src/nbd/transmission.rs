@@ -26,12 +26,11 @@ use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use futures_util::future::{Either, select};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use libvol::crypto::seal::PlainBuf;
 use libvol::error::{Error, Kind, Result};
 use libvol::limits::{BLOCK_SIZE, NBD_PAYLOAD_MAX};
-use libvol::runtime::{net::Stream, spawn, sync::Notify, timeout, yield_now};
+use libvol::runtime::{spawn, sync::Notify, timeout, yield_now};
 
 use super::handshake::Negotiated;
 use super::inbox::Inbox;
@@ -40,7 +39,7 @@ use super::outbox::Outbox;
 use super::proto::reply::BLOCK_STATUS_RUNS_MAX;
 use super::proto::request::{Cookie, Header, Refusal, Request, Rules, STATUS_PAYLOAD_MAX, header_bytes};
 use super::proto::{Contexts, Framing, WireError};
-use super::session::{Member, Seat};
+use super::session::{Member, Seat, hung_up};
 use super::window::Window;
 use crate::depth::DepthPolicy;
 use crate::device::Device;
@@ -278,7 +277,7 @@ impl<D: Device> Connection<D> {
             self.window.room(cost_bytes).await;
             // What the client sent may have lain in the socket for long. If it has hung up meanwhile, it may have
             // sent newer writes over another connection, and these are too late.
-            if has_hung_up(self.link.stream()) {
+            if hung_up(std::iter::once(self.link.stream())).contains(&true) {
                 return Err(End::Lost);
             }
         }
@@ -546,17 +545,4 @@ fn pieces(offset: u64, len: u64, at_most: u64) -> impl Iterator<Item = (u64, u64
         at += piece;
         (piece > 0).then_some((at - piece, piece))
     })
-}
-
-fn has_hung_up(stream: &Stream) -> bool {
-    let mut fds = [PollFd::new(stream.socket(), PollFlags::RDHUP)];
-    let now = Timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    // A poll that fails tells nothing; the next receive will.
-    poll(&mut fds, Some(&now)).is_ok()
-        && fds[0]
-            .revents()
-            .intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR)
 }
