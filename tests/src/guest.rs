@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::tools::{succeed, tool};
+use crate::vold::parse_uri;
 use crate::{PATIENCE, wait_for};
 
 /// Longest that any single step of a guest may take: an emulated CPU on a loaded machine is slow.
@@ -437,4 +438,21 @@ impl Qmp {
         }
         self.events.retain(|event| !is_wanted(event));
     }
+}
+
+/// An NBD attachment as QMP's `blockdev-add` takes it.
+///
+/// # Panics
+/// When the attachment has no URI.
+pub fn nbd_blockdev(attached: &Value, node: &str) -> Value {
+    let (socket, export) = parse_uri(attached["uri"].as_str().expect("a URI"));
+    json!({
+        "driver": "nbd",
+        "node-name": node,
+        "server": {"type": "unix", "path": socket},
+        "export": export,
+        "reconnect-delay": 60,
+        "cache": {"direct": true},
+        "discard": "unmap",
+    })
 }

@@ -2,7 +2,7 @@
 //! replica, and is booted from. Over QEMU's NBD driver and over vhost-user.
 
 use serde_json::{Value, json};
-use vold_tests::guest::{Guest, Machine, image};
+use vold_tests::guest::{Guest, Machine, image, nbd_blockdev};
 use vold_tests::tls::Tls;
 use vold_tests::tools::{run, succeed, tool};
 use vold_tests::vold::parse_uri;
@@ -53,7 +53,7 @@ impl Via {
     fn plug(self, guest: &mut Guest, attached: &Value) {
         let device = match self {
             Via::Nbd => {
-                guest.qmp("blockdev-add", blockdev(attached, "again"));
+                guest.qmp("blockdev-add", nbd_blockdev(attached, "again"));
                 json!({"driver": "virtio-blk-pci", "drive": "again", "id": "again-disk"})
             }
             Via::VhostUser => {
@@ -120,20 +120,6 @@ impl Names {
     }
 }
 
-/// The volume's drive as QMP's blockdev-add takes it.
-fn blockdev(attached: &Value, node: &str) -> Value {
-    let (socket, export) = parse_uri(attached["uri"].as_str().unwrap());
-    json!({
-        "driver": "nbd",
-        "node-name": node,
-        "server": {"type": "unix", "path": socket},
-        "export": export,
-        "reconnect-delay": 60,
-        "cache": {"direct": true},
-        "discard": "unmap",
-    })
-}
-
 fn replicas_are_in_sync(vold: &Vold) {
     wait_for("both replicas are in sync", || {
         let volume = vold.volume("acme/vol");
@@ -161,7 +147,7 @@ fn a_volume_grows_under_a_mounted_file_system() {
     let names = Names::of(&attached);
     guest.is_at("small");
     vold.ctl("volume resize acme/vol --size 80M");
-    guest.qmp("blockdev-add", blockdev(&attached, "grown"));
+    guest.qmp("blockdev-add", nbd_blockdev(&attached, "grown"));
     let drive = json!({
         "driver": "raw",
         "node-name": names.drive,

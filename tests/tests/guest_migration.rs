@@ -2,23 +2,8 @@
 //! source is fenced by the next epoch before the target writes for the first time, and whatever the source does then changes nothing.
 
 use serde_json::{Value, json};
-use vold_tests::guest::{Guest, Machine};
-use vold_tests::vold::parse_uri;
+use vold_tests::guest::{Guest, Machine, nbd_blockdev};
 use vold_tests::{Vold, wait_for};
-
-/// The volume's connection as QMP's blockdev-add takes it.
-fn connection(attached: &Value, node: &str) -> Value {
-    let (socket, export) = parse_uri(attached["uri"].as_str().unwrap());
-    json!({
-        "driver": "nbd",
-        "node-name": node,
-        "server": {"type": "unix", "path": socket},
-        "export": export,
-        "reconnect-delay": 60,
-        "cache": {"direct": true},
-        "discard": "unmap",
-    })
-}
 
 fn another_round(guest: &mut Guest) {
     guest.says("another round of the load", |said| {
@@ -73,7 +58,7 @@ fn a_guest_under_load_moves_to_another_qemu_over_nbd() {
     let second = vold.ctl("attach acme/vol --vm vm1");
     assert!(second["epoch"].as_u64() > first["epoch"].as_u64(), "{second}");
     // The target's drive gets the new attachment's connection in the place of the old one's.
-    target.qmp("blockdev-add", connection(&second, "second"));
+    target.qmp("blockdev-add", nbd_blockdev(&second, "second"));
     let drive = json!({
         "driver": "raw",
         "node-name": node(&first, "driver=raw,"),
