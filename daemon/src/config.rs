@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use libvol::disk::EngineChoice;
-use libvol::limits::{BLOCK, RESYNC_BYTES_PER_SECOND_DEFAULT};
+use libvol::disk::{Engine, EngineChoice};
+use libvol::limits::{BLOCK, BUSY_POLL_DEFAULT, BUSY_POLL_MAX, RESYNC_BYTES_PER_SECOND_DEFAULT};
 use libvol::{Error, Kind, Result};
 use serde::Deserialize;
 
@@ -46,6 +46,7 @@ impl From<IoEngine> for EngineChoice {
 #[serde(deny_unknown_fields)]
 struct File {
     io_engine: Option<IoEngine>,
+    busy_poll_us: Option<u32>,
     shards: Option<u16>,
     log: Option<String>,
     #[serde(default)]
@@ -141,13 +142,21 @@ struct Resync {
 }
 
 /// The file's keys, for the refusal of others. A test holds it to [`File`].
-const KEYS: [&str; 6] = ["io_engine", "shards", "log", "scrub", "resync", "nbd"];
+const KEYS: [&str; 7] = [
+    "io_engine",
+    "busy_poll_us",
+    "shards",
+    "log",
+    "scrub",
+    "resync",
+    "nbd",
+];
 
 /// Settings in force.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Config {
     /// I/O engine.
-    pub(crate) io_engine: IoEngine,
+    pub(crate) engine: Engine,
     /// Data-plane threads.
     pub(crate) shards: usize,
     /// Log filter, as `info` or `vold=debug,libvol=info`.
@@ -180,7 +189,12 @@ impl Config {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
             tcp: Tcp::of(&args.tcp, file.nbd)?,
-            io_engine: args.io_engine.or(file.io_engine).unwrap_or_default(),
+            engine: Engine {
+                choice: args.io_engine.or(file.io_engine).unwrap_or_default().into(),
+                busy_poll: file
+                    .busy_poll_us
+                    .map_or(BUSY_POLL_DEFAULT, |us| Duration::from_micros(us.into())),
+            },
             shards: args
                 .shards
                 .or(file.shards)
@@ -221,6 +235,14 @@ fn parse(path: &Path, text: &str) -> Result<File> {
         && !(1..=SHARDS_MAX).contains(&shards)
     {
         return Err(invalid(format!("shards = {shards}; use 1 to {SHARDS_MAX}")));
+    }
+    if let Some(us) = file.busy_poll_us
+        && Duration::from_micros(us.into()) > BUSY_POLL_MAX
+    {
+        return Err(invalid(format!(
+            "busy_poll_us = {us}; use 0 (never) to {}",
+            BUSY_POLL_MAX.as_micros()
+        )));
     }
     if let Some(days) = file.scrub.pass_days
         && days > SCRUB_DAYS_MAX
@@ -275,11 +297,14 @@ mod tests {
     fn every_key_is_optional_and_known() {
         let path = Path::new("f");
         assert_eq!(parse(path, "").unwrap(), File::default());
-        let all = "io_engine = \"threads\"\nshards = 3\nlog = \"debug\"\n\
+        let all = "io_engine = \"threads\"\nbusy_poll_us = 50\nshards = 3\nlog = \"debug\"\n\
             [scrub]\npass_days = 7\nbytes_per_second = 5000000\n[resync]\nbytes_per_second = 9000000\n\
             [nbd]\nlisten = [\"[::]:10809\"]\ntls_dir = \"/etc/vold/tls\"\ntls_1_2 = true\n";
         let file = parse(path, all).unwrap();
-        assert_eq!(file.io_engine, Some(IoEngine::Threads));
+        assert_eq!(
+            (file.io_engine, file.busy_poll_us),
+            (Some(IoEngine::Threads), Some(50))
+        );
         assert_eq!((file.shards, file.log.as_deref()), (Some(3), Some("debug")));
         let scrub = ScrubSettings {
             period: Some(Duration::from_secs(7 * 86_400)),
@@ -336,6 +361,8 @@ mod tests {
         assert!(refusal("\n\nshards = = 2\n").contains("line 3"));
         assert!(refusal("shards = 0\n").contains("1 to 64"));
         assert!(refusal("shards = 65\n").contains("1 to 64"));
+        assert!(refusal("busy_poll_us = 1001\n").contains("0 (never) to 1000"));
+        assert!(refusal("busy_poll_us = -1\n").contains("line 1"));
     }
 
     #[test]
@@ -357,10 +384,10 @@ mod tests {
             tcp: crate::args::Tcp::default(),
         };
         let config = Config::load(&args).unwrap();
-        assert_eq!((config.io_engine, config.shards), (IoEngine::Uring, 3));
+        assert_eq!((config.engine, config.shards), (EngineChoice::Uring.into(), 3));
         args.io_engine = Some(IoEngine::Threads);
         args.shards = Some(1);
         let config = Config::load(&args).unwrap();
-        assert_eq!((config.io_engine, config.shards), (IoEngine::Threads, 1));
+        assert_eq!((config.engine, config.shards), (EngineChoice::Threads.into(), 1));
     }
 }

@@ -59,15 +59,12 @@ async fn serve(args: &Serve, config: &Config) -> Result<()> {
         catalog,
         keys,
         config.shards,
-        config.io_engine.into(),
+        config.engine,
         config.settings.clone(),
     )
     .await?;
     let server = api::Server::bind(&api_socket, operations.clone())?;
-    if let Some(addresses) = operations
-        .listen(bound, &config.tcp, config.io_engine.into())
-        .await?
-    {
+    if let Some(addresses) = operations.listen(bound, &config.tcp, config.engine).await? {
         let versions = if config.tcp.tls_1_2 { "1.2 and 1.3" } else { "1.3" };
         tracing::info!("nbd: over TLS {versions} on {addresses}");
     }

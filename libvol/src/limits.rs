@@ -7,6 +7,12 @@ pub const BLOCK: u64 = BLOCK_SIZE as u64;
 /// The unit a disk writes atomically, and the unit of the XTS tweak: 512 bytes.
 pub const SECTOR_SIZE: usize = 512;
 
+/// How long a data-plane thread looks for completions before it sleeps, while several transfers are in flight and where it
+/// pays: about the time an NVMe disk takes for a 4 KiB transfer under load.
+pub const BUSY_POLL_DEFAULT: std::time::Duration = std::time::Duration::from_micros(200);
+/// Longest of it that can be set: what is slower than this is not waited for awake.
+pub const BUSY_POLL_MAX: std::time::Duration = std::time::Duration::from_millis(1);
+
 /// Smallest volume: one block.
 pub const VOLUME_BYTES_MIN: u64 = BLOCK;
 /// Largest volume: 64 TiB. 2^46 bytes are 2^34 blocks, far below IEEE 1619-2025's 2^44 blocks a key.

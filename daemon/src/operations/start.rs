@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use libvol::catalog::{AttachmentRecord, Catalog, DestroyRecord, Leaving, Phase, StoreRecord, VolumeRecord};
-use libvol::disk::EngineChoice;
+use libvol::disk::Engine;
 use libvol::keys::KeyService;
 use libvol::limits::STORE_LOCK_WAIT;
 use libvol::{Error, Result};
@@ -44,7 +44,7 @@ impl Operations {
         catalog: Catalog,
         keys: Arc<dyn KeyService>,
         shard_count: usize,
-        engine: EngineChoice,
+        engine: impl Into<Engine>,
         settings: Settings,
     ) -> Result<Arc<Self>> {
         let audit = libvol::audit::Log::open(&dirs.audit())?;
@@ -53,7 +53,7 @@ impl Operations {
             catalog: Arc::new(catalog),
             keys,
             audit: Arc::new(Audit::new(audit)),
-            shards: Shards::start(shard_count, engine)?,
+            shards: Shards::start(shard_count, engine.into())?,
             stores: RwLock::default(),
             failures: Mutex::new(HashMap::new()),
             volume_locks: Locks::default(),
@@ -83,12 +83,7 @@ impl Operations {
     ///
     /// # Errors
     /// `Invalid` with what is wrong with the certificates; when the thread cannot be started.
-    pub(crate) async fn listen(
-        &self,
-        bound: Bound,
-        tcp: &Tcp,
-        engine: EngineChoice,
-    ) -> Result<Option<String>> {
+    pub(crate) async fn listen(&self, bound: Bound, tcp: &Tcp, engine: Engine) -> Result<Option<String>> {
         if bound.is_empty() {
             return Ok(None);
         }

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use libvol::disk::EngineChoice;
+use libvol::disk::Engine;
 use libvol::runtime::net::{Listener, Stream};
 use libvol::runtime::{sleep, spawn};
 use libvol::{Error, Kind, Result};
@@ -92,12 +92,7 @@ impl Gate {
     ///
     /// # Errors
     /// When the thread cannot be started or a socket not be used.
-    pub(crate) async fn open(
-        bound: Bound,
-        tls: TlsFiles,
-        shards: &Shards,
-        engine: EngineChoice,
-    ) -> Result<Self> {
+    pub(crate) async fn open(bound: Bound, tls: TlsFiles, shards: &Shards, engine: Engine) -> Result<Self> {
         let (shard, _, _) = Shard::start(shards.count(), engine)?;
         let addresses = bound.addresses();
         let (stopping, mut stopped) = tokio::sync::watch::channel(false);

@@ -24,7 +24,7 @@ use std::rc::Rc;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
-use libvol::disk::{EngineChoice, make_driver};
+use libvol::disk::{Engine, make_driver};
 use libvol::ids::{StoreId, VolumeId};
 use libvol::runtime::{Remote, Runtime};
 use libvol::{Error, Kind, Result};
@@ -50,19 +50,19 @@ pub(crate) struct Shard {
 }
 
 impl Shards {
-    /// Starts `count` shards on the chosen engine.
+    /// Starts `count` shards on the engine.
     ///
     /// # Errors
     /// `Unsupported` when a forced engine does not work here; `Io` when threads or descriptors run out.
-    pub(crate) fn start(count: usize, choice: EngineChoice) -> Result<Self> {
+    pub(crate) fn start(count: usize, engine: Engine) -> Result<Self> {
         let mut shards = Vec::with_capacity(count);
-        let mut engine = "";
+        let mut first = "";
         for index in 0..count {
-            let (shard, name, line) = Shard::start(index, choice)?;
+            let (shard, name, line) = Shard::start(index, engine)?;
             if index == 0 {
                 tracing::info!("{line}; {count} shard{}", if count == 1 { "" } else { "s" });
-                engine = name;
-            } else if name != engine {
+                first = name;
+            } else if name != first {
                 // With `auto`, a limit (locked memory, descriptors) can hit a later ring first.
                 tracing::warn!("shard {index}: {line}");
             }
@@ -72,7 +72,7 @@ impl Shards {
         switchboard.connect(shards.iter().map(|shard| shard.remote.clone()).collect());
         Ok(Self {
             shards,
-            engine,
+            engine: first,
             switchboard,
         })
     }
@@ -140,14 +140,14 @@ impl Drop for Shards {
 }
 
 impl Shard {
-    fn start(index: usize, choice: EngineChoice) -> Result<(Self, &'static str, String)> {
+    fn start(index: usize, engine: Engine) -> Result<(Self, &'static str, String)> {
         let (ready, started) = mpsc::channel();
         let (stop, stopped) = oneshot::channel();
         let thread = std::thread::Builder::new()
             .name(format!("shard-{index}"))
             .spawn(move || {
                 let _guard = AbortOnPanic;
-                let (driver, line) = match make_driver(choice) {
+                let (driver, line) = match make_driver(engine) {
                     Ok(driver) => driver,
                     Err(e) => {
                         let _ = ready.send(Err(e));

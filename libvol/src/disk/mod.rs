@@ -3,6 +3,7 @@
 //! A [`Disk`] reads, writes and syncs whole aligned buffers; a short transfer is an error with a name. It deliberately
 //! has no cache, no retry and no idea of formats.
 
+mod busy;
 mod file;
 mod media;
 mod message;
@@ -24,9 +25,11 @@ use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::rc::Rc;
+use std::time::Duration;
 
 use crate::buf::Buf;
 use crate::error::{Error, Kind, Result};
+use crate::limits::BUSY_POLL_DEFAULT;
 use crate::runtime::{Done, Driver, FileSlot, Op, runtime, submit};
 
 /// Which engine to run on.
@@ -40,12 +43,32 @@ pub enum EngineChoice {
     Threads,
 }
 
+/// An engine with its settings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Engine {
+    /// Which one.
+    pub choice: EngineChoice,
+    /// How long io_uring looks for completions before it sleeps, at most and where it pays; zero: never. The thread pool
+    /// always sleeps.
+    pub busy_poll: Duration,
+}
+
+impl From<EngineChoice> for Engine {
+    fn from(choice: EngineChoice) -> Self {
+        Self {
+            choice,
+            busy_poll: BUSY_POLL_DEFAULT,
+        }
+    }
+}
+
 /// Makes a driver for the current thread. Returns it with the line to log (which engine, and why).
 ///
 /// # Errors
 /// When the forced engine does not work here.
-pub fn make_driver(choice: EngineChoice) -> Result<(Rc<dyn Driver>, String)> {
-    let uring = || -> io::Result<Rc<dyn Driver>> { Ok(Rc::new(UringDriver::new()?)) };
+pub fn make_driver(engine: impl Into<Engine>) -> Result<(Rc<dyn Driver>, String)> {
+    let Engine { choice, busy_poll } = engine.into();
+    let uring = || -> io::Result<Rc<dyn Driver>> { Ok(Rc::new(UringDriver::new(busy_poll)?)) };
     let threads = || -> Result<Rc<dyn Driver>> {
         let driver = ThreadDriver::new()
             .map_err(|e| Error::with_source(Kind::Io, "the thread-pool I/O engine cannot start", e))?;

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 use slab::Slab;
 
+use super::busy::BusyPoll;
 use super::message::Message;
 use super::ops::{Ended, OpTable, file_of};
 use super::wake::WakeFd;
@@ -67,6 +68,9 @@ struct Core {
     wake_count: Box<UnsafeCell<u64>>,
     wake_armed: bool,
     closing: bool,
+    /// Operations on files that the kernel has.
+    transfers: usize,
+    busy: BusyPoll,
 }
 
 /// What the ring keeps beside an operation.
@@ -86,15 +90,16 @@ struct Attached {
 }
 
 impl UringDriver {
-    /// Sets up a ring for the current thread.
+    /// Sets up a ring for the current thread. Before it sleeps with transfers in flight it looks for completions for at
+    /// most `busy_poll`, where that pays; zero: never.
     ///
     /// # Errors
     /// When the kernel, or a sandbox, refuses io_uring, or lacks a part that is needed; the text says which.
-    pub fn new() -> io::Result<Self> {
-        Self::on(set_up(0)?)
+    pub fn new(busy_poll: Duration) -> io::Result<Self> {
+        Self::on(set_up(0)?, busy_poll)
     }
 
-    fn on(ring: IoUring) -> io::Result<Self> {
+    fn on(ring: IoUring, busy_poll: Duration) -> io::Result<Self> {
         require(&ring)?;
         let empty = [-1; STORES_MAX];
         ring.submitter().register_files(&empty).map_err(|e| {
@@ -115,6 +120,8 @@ impl UringDriver {
             wake_count: Box::new(UnsafeCell::new(0)),
             wake_armed: false,
             closing: false,
+            transfers: 0,
+            busy: BusyPoll::new(busy_poll),
         };
         core.arm_wake();
         Ok(Self {
@@ -136,6 +143,7 @@ impl Driver for UringDriver {
             let attached = &mut core.files[file.0 as usize];
             assert!(!attached.detached, "an operation on a file that was given back");
             attached.in_flight += 1;
+            core.transfers += 1;
         }
         let key = core.ops.insert(op, Extra::default());
         core.start(key);
@@ -350,6 +358,11 @@ impl Core {
         // An early submission may have collected completions; what they mean comes before any waiting.
         let attended = self.ended.is_empty() && self.again.is_empty() && (self.wake_armed || self.closing);
         let wait = if attended { wait } else { Wait::No };
+        match wait {
+            Wait::No => {}
+            Wait::Forever => self.look(Duration::MAX),
+            Wait::AtMost(limit) => self.look(limit),
+        }
         let submitter = self.ring.submitter();
         let entered = match wait {
             Wait::Forever => submitter.submit_and_wait(1),
@@ -379,6 +392,24 @@ impl Core {
         }
     }
 
+    /// Looks for completions for a while, where that is likely to be cheaper than a sleep.
+    fn look(&mut self, at_most: Duration) {
+        let Some(limit) = self.busy.before_sleep(self.transfers) else {
+            return;
+        };
+        // What this says, the entry that follows says again.
+        let _ = self.ring.submitter().submit();
+        let (start, limit) = (Instant::now(), limit.min(at_most));
+        loop {
+            let found = !self.ring.completion().is_empty() || self.ring.submission().taskrun();
+            let took = start.elapsed();
+            if found || took >= limit {
+                return self.busy.ended(found, took);
+            }
+            std::hint::spin_loop();
+        }
+    }
+
     /// Takes the next completions, and starts again what the kernel turned away. Those left over end the next wait at once.
     fn collect(&mut self) {
         self.collect_only();
@@ -403,6 +434,7 @@ impl Core {
             again,
             spare_messages,
             wake_armed,
+            transfers,
             ..
         } = self;
         let mut idle_files = Vec::new();
@@ -434,6 +466,7 @@ impl Core {
             if let Some(file) = file_of(op) {
                 let attached = &mut files[file.0 as usize];
                 attached.in_flight -= 1;
+                *transfers -= 1;
                 if attached.detached && attached.in_flight == 0 {
                     idle_files.push(file);
                 }
@@ -577,6 +610,7 @@ mod tests {
 
     use crate::buf::Buf;
     use crate::disk::{Disk, DiskFile};
+    use crate::limits::BUSY_POLL_DEFAULT;
     use crate::runtime::net::Stream;
     use crate::runtime::{Runtime, SendPart, sleep, spawn};
 
@@ -585,7 +619,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = DiskFile::create(&dir.path().join("disk"), 1 << 20, true).unwrap();
         for first in 0..SET_UPS {
-            let driver = UringDriver::on(set_up(first).unwrap()).unwrap();
+            let driver = UringDriver::on(set_up(first).unwrap(), BUSY_POLL_DEFAULT).unwrap();
             let runtime = Runtime::new(Rc::new(driver));
             let file = file.clone();
             let remote = runtime.remote();
