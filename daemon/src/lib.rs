@@ -11,6 +11,7 @@ mod depth;
 mod device;
 mod nbd;
 mod operations;
+mod passed;
 mod process;
 mod rebuild;
 mod seldom;

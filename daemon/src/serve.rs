@@ -1,8 +1,6 @@
 //! `vold serve`: from an unlocked directory to a daemon that answers, and back to a clean stop.
 
 use std::io::Write;
-use std::net::TcpListener;
-use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
 
 use libvol::catalog::Catalog;
@@ -15,6 +13,7 @@ use crate::args::Serve;
 use crate::config::Config;
 use crate::data_dir::DataDir;
 use crate::operations::Operations;
+use crate::passed;
 use crate::process;
 use crate::shard::Bound;
 
@@ -45,7 +44,8 @@ async fn serve(args: &Serve, config: &Config) -> Result<()> {
     let _caught = listen_for(SignalKind::from_raw(SIGXFSZ))?;
     let dirs = DataDir::take(&args.data_dir)?;
     let mut bound = Bound::bind(&config.tcp.listen)?;
-    bound.add(passed_sockets()?);
+    let (tcp, doors) = passed::take()?;
+    bound.add(tcp);
     let api_socket = dirs.api_socket();
     dirs.check_catalog_not_lost()?;
     let catalog = Catalog::open(&dirs.catalog())?;
@@ -61,6 +61,7 @@ async fn serve(args: &Serve, config: &Config) -> Result<()> {
         config.shards,
         config.engine,
         config.settings.clone(),
+        doors,
     )
     .await?;
     let server = api::Server::bind(&api_socket, operations.clone())?;
@@ -81,27 +82,6 @@ async fn serve(args: &Serve, config: &Config) -> Result<()> {
     operations.stop().await;
     tracing::info!("stopped");
     Ok(())
-}
-
-/// Listening sockets that the service manager has bound (`LISTEN_FDS`): TCP, for NBD over TLS.
-fn passed_sockets() -> Result<Vec<TcpListener>> {
-    let passed = sd_notify::listen_fds()
-        .map_err(|e| Error::with_source(Kind::Invalid, "sockets of the service manager", e))?;
-    passed
-        .map(|fd| {
-            // SAFETY: the protocol of LISTEN_FDS gives these descriptors to this process, and this is asked once.
-            let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-            let listener = TcpListener::from(socket);
-            match listener.local_addr() {
-                Ok(_) => Ok(listener),
-                Err(e) => Err(Error::with_source(
-                    Kind::Invalid,
-                    format!("descriptor {fd} of the service manager is no listening TCP socket; vold makes its Unix sockets itself"),
-                    e,
-                )),
-            }
-        })
-        .collect()
 }
 
 /// Standard output's one line, and systemd.

@@ -355,6 +355,9 @@ pub struct Attach {
     /// Refuse writes.
     #[serde(default)]
     pub read_only: bool,
+    /// For the QEMU that the running VM migrates to: a second attachment, that takes over when its device starts.
+    #[serde(default)]
+    pub incoming: bool,
 }
 
 /// `volctl detach`.
@@ -365,6 +368,9 @@ pub struct Detach {
     pub volume: VolumePath,
     /// From which VM.
     pub vm: Name,
+    /// Only the attachment that was to take over: the VM stays where it is.
+    #[serde(default)]
+    pub incoming: bool,
 }
 
 /// An attachment.
@@ -398,6 +404,9 @@ pub struct Attachment {
     pub over_tls: Vec<TlsAccess>,
     /// Live connections.
     pub connections: usize,
+    /// It takes over from the VM's other attachment of the volume when its device starts.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub incoming: bool,
 }
 
 /// An attachment as the VM reaches it over TLS, with its certificate.

@@ -81,8 +81,9 @@ pub const NBD_CONNECTIONS_MAX: usize = 4096;
 /// A client that has not finished its handshake by then is dropped.
 pub const NBD_HANDSHAKE_SECONDS: u64 = 10;
 
-/// Data of one vhost-user request: 32 MiB, as over NBD. What is announced (SEG_MAX, SIZE_MAX) keeps guests far below it.
-pub const VHOST_REQUEST_BYTES_MAX: u64 = 32 << 20;
+/// Data of a vhost-user request that is read or written at a time: 32 MiB, as over NBD. What is announced (SEG_MAX, SIZE_MAX)
+/// keeps guests below it; not all keep to that (EDK2), and what they ask beyond is done in pieces.
+pub const VHOST_PIECE_BYTES_MAX: u64 = 32 << 20;
 /// Entries of one virtqueue, and of one indirect table.
 pub const VHOST_QUEUE_SIZE_MAX: u16 = 1024;
 /// Requests in flight of one vhost-user front-end, over all its queues: a queue of the largest size. The largest chain is

@@ -1,5 +1,6 @@
 //! A running machine moves from one QEMU to another while it writes to its volume. The attachment is handed over between them: the
 //! source is fenced by the next epoch before the target writes for the first time, and whatever the source does then changes nothing.
+//! Over NBD the operator fences it; over vhost-user the target's device does, by starting.
 
 use serde_json::{Value, json};
 use vold_tests::guest::{Guest, Machine, nbd_blockdev};
@@ -11,7 +12,7 @@ fn another_round(guest: &mut Guest) {
     });
 }
 
-/// Sends the machine's state; both are stopped when it is there.
+/// Sends the machine's state; the source is stopped when it is there.
 fn migrate(source: &mut Guest, target: &mut Guest, socket: &std::path::Path) {
     let uri = format!("unix:{}", socket.display());
     target.qmp("migrate-incoming", json!({"uri": uri}));
@@ -79,6 +80,72 @@ fn a_guest_under_load_moves_to_another_qemu_over_nbd() {
     source.kill();
     target.go();
     target.passes();
+    vold.stop();
+    vold.check_is_clean();
+}
+
+#[test]
+#[ignore = "long; make test-full runs it"]
+fn a_guest_under_load_moves_to_another_qemu_over_vhost_user() {
+    let mut vold = Vold::start();
+    vold.with_detached_volume(2, "256M", "96M");
+    let machine = |attached: &Value| Machine::running(&vold.path(""), "load").with(&attached["qemu_args"]);
+    let mut attached = vold.ctl("attach acme/vol --vm vm1 --via vhost-user");
+    let mut source = machine(&attached).start();
+    source.is_at("load");
+    // There and back again.
+    for _ in 0..2 {
+        let next = vold.ctl("attach acme/vol --vm vm1 --via vhost-user --incoming");
+        let mut target = machine(&next).with(&json!(["-incoming", "defer"])).start();
+        // It goes on where it is for as long as it takes.
+        another_round(&mut source);
+        migrate(&mut source, &mut target, &vold.path("move"));
+        another_round(&mut target);
+        let attachments = vold.ctl("attachment list");
+        assert_eq!(attachments[0]["attachment_id"], next["attachment_id"]);
+        assert_eq!(attachments.as_array().map(Vec::len), Some(1), "{attachments}");
+        assert!(next["epoch"].as_u64() > attached["epoch"].as_u64(), "{next}");
+
+        // A source that runs on all the same (its operator's mistake) writes into nothing.
+        source.qmp("cont", json!({}));
+        another_round(&mut target);
+        another_round(&mut target);
+        source.kill();
+        (source, attached) = (target, next);
+    }
+    source.go();
+    source.passes();
+    vold.stop();
+    vold.check_is_clean();
+}
+
+/// The target is given up before it runs: the machine stays where it is, and may move later.
+#[test]
+#[ignore = "long; make test-full runs it"]
+fn a_move_over_vhost_user_that_is_given_up_leaves_the_guest_as_it_was() {
+    let mut vold = Vold::start();
+    vold.with_detached_volume(2, "256M", "96M");
+    let machine = |attached: &Value| Machine::running(&vold.path(""), "load").with(&attached["qemu_args"]);
+    let attached = vold.ctl("attach acme/vol --vm vm1 --via vhost-user");
+    let mut source = machine(&attached).start();
+    source.is_at("load");
+    let next = vold.ctl("attach acme/vol --vm vm1 --via vhost-user --incoming");
+    let mut target = machine(&next).with(&json!(["-incoming", "defer"])).start();
+    let uri = format!("unix:{}", vold.path("move").display());
+    target.qmp("migrate-incoming", json!({"uri": uri}));
+    // So slow that it cannot end.
+    source.qmp("migrate-set-parameters", json!({"max-bandwidth": 1 << 20}));
+    source.qmp("migrate", json!({"uri": uri}));
+    another_round(&mut source);
+    target.kill();
+    wait_for("the source notices", || {
+        let status = source.qmp("query-migrate", json!({}));
+        (status["status"] == "failed").then_some(())
+    });
+    vold.ctl("detach acme/vol --vm vm1 --incoming");
+    another_round(&mut source);
+    source.go();
+    source.passes();
     vold.stop();
     vold.check_is_clean();
 }

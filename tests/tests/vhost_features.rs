@@ -24,15 +24,6 @@ fn number(config: &[u8], at: usize, len: usize) -> u64 {
     u64::from_le_bytes(bytes)
 }
 
-fn set_config(front_end: &FrontEnd, offset: u32, bytes: &[u8]) -> bool {
-    let mut payload = Vec::new();
-    for word in [offset, bytes.len() as u32, 0] {
-        payload.extend(word.to_le_bytes());
-    }
-    payload.extend(bytes);
-    !front_end.wire.refuses(SET_CONFIG, &payload, &[])
-}
-
 #[test]
 fn the_configuration_tells_size_blocks_queues_and_limits() {
     let vold = Vold::start();
@@ -94,7 +85,7 @@ fn of_the_configuration_only_the_cache_can_be_set() {
     let mut front_end = FrontEnd::connect_as(&socket, shape);
     assert_ne!(front_end.features & F_CONFIG_WCE, 0, "CONFIG_WCE is offered");
     for mode in [0, 1, 0] {
-        assert!(set_config(&front_end, WRITEBACK, &[mode]));
+        assert!(front_end.sets_config(WRITEBACK, &[mode]));
         assert_eq!(front_end.config(WRITEBACK, 1).unwrap(), [mode]);
         front_end.write(0, &bytes(u64::from(mode), 8192)).unwrap();
         assert!(front_end.read(0, 8192).unwrap() == bytes(u64::from(mode), 8192));
@@ -114,7 +105,7 @@ fn of_the_configuration_only_the_cache_can_be_set() {
     ] {
         let front_end = FrontEnd::connect_as(&socket, shape);
         let case = format!("{} bytes at {offset}", bytes.len());
-        assert!(!set_config(&front_end, offset, &bytes), "{case}");
+        assert!(!front_end.sets_config(offset, &bytes), "{case}");
         drop(front_end);
         let mut after = FrontEnd::connect_as(&socket, shape).config(0, 60).unwrap();
         after[WRITEBACK as usize] = before[WRITEBACK as usize];
@@ -132,7 +123,7 @@ fn a_cache_that_writes_through_does_so_after_kill_9_and_has_what_was_written() {
         ..Shape::default()
     };
     let mut front_end = FrontEnd::connect_as(&socket, shape);
-    assert!(set_config(&front_end, WRITEBACK, &[0]));
+    assert!(front_end.sets_config(WRITEBACK, &[0]));
     for i in 0..50 {
         front_end.write(i * 8192, &bytes(i, 8192)).unwrap();
     }
@@ -242,4 +233,46 @@ fn the_log_has_the_pages_that_were_written_while_it_was_on() {
     log.write_all_at(&vec![0; len as usize], 0).unwrap();
     front_end.read(0, 65536).unwrap();
     assert!(is_empty(), "nothing is logged any more");
+}
+
+/// Not every driver keeps to what the configuration announces: EDK2 does not.
+#[test]
+fn a_request_beyond_what_is_announced_is_carried_out_in_pieces() {
+    const PARTS: usize = 21;
+    let vold = Vold::start();
+    let socket = vold.with_vhost_volume(1, "256M", "64M");
+    let mut front_end = FrontEnd::connect(&socket);
+    let (spare, room) = front_end.spare;
+    let part = (room / 2 / PAGE * PAGE) as usize;
+    let len = PARTS * part;
+    assert!(len > 33 << 20 && len < 64 << 20, "{len}");
+    let (header, status, data) = (spare, spare + 16, spare + PAGE);
+    let content = bytes(21, part);
+    let mut big = |kind, is_read| {
+        front_end.write_header(header, kind, 0);
+        let mut chain = vec![Part::readable(header, 16)];
+        // (The same memory for each.)
+        chain.extend((0..PARTS).map(|_| match is_read {
+            true => Part::writable(data, part as u32),
+            false => Part::readable(data, part as u32),
+        }));
+        chain.push(Part::writable(status, 1));
+        let fill = if is_read {
+            vec![UNANSWERED; part]
+        } else {
+            content.clone()
+        };
+        front_end.memory.write(data, &fill);
+        let descriptors = front_end.queues[0].chain(&front_end.memory, &chain);
+        assert_eq!(front_end.judge(descriptors, status), Some(S_OK));
+        front_end.memory.read(data, part)
+    };
+    big(T_OUT, false);
+    assert!(big(T_IN, true) == content);
+    for at in [0, 3 * part, len - 65536] {
+        let read = front_end.read(at as u64, 65536).unwrap();
+        let wanted: Vec<u8> = (at..at + 65536).map(|i| content[i % part]).collect();
+        assert!(read == wanted, "at {at}");
+    }
+    assert!(front_end.read(len as u64, 4096).unwrap() == [0; 4096]);
 }

@@ -30,6 +30,9 @@ pub(crate) struct AttachArgs {
     /// Refuse writes
     #[arg(long)]
     read_only: bool,
+    /// For the QEMU that the running VM migrates to: a second attachment, which takes over when its device starts
+    #[arg(long)]
+    incoming: bool,
 }
 
 /// Arguments of `detach`.
@@ -41,6 +44,9 @@ pub(crate) struct DetachArgs {
     /// The VM it is attached to
     #[arg(long, value_name = "VM")]
     vm: Name,
+    /// Only the attachment that was to take over: the VM stays where it is
+    #[arg(long)]
+    incoming: bool,
 }
 
 /// Data protocols, as the command line spells them.
@@ -69,6 +75,7 @@ pub(crate) async fn attach(session: &Session, args: AttachArgs) -> Result<(), Fa
             Via::VhostUser => Protocol::VhostUser,
         },
         read_only: args.read_only,
+        incoming: args.incoming,
     };
     session.show(
         &session
@@ -83,12 +90,17 @@ pub(crate) async fn detach(session: &Session, args: DetachArgs) -> Result<(), Fa
     let body = Detach {
         volume: args.volume,
         vm: args.vm,
+        incoming: args.incoming,
     };
     let done: Done = session.client.post("/v1/detach", &body).await?;
-    session.done(
-        &done,
-        &format!("volume \"{}\" detached from VM \"{}\"", body.volume, body.vm),
-    )
+    let what = match body.incoming {
+        false => format!("volume \"{}\" detached from VM \"{}\"", body.volume, body.vm),
+        true => format!(
+            "volume \"{}\" stays where VM \"{}\" is; no other attachment is to take over",
+            body.volume, body.vm
+        ),
+    };
+    session.done(&done, &what)
 }
 
 /// One argument as a POSIX shell reads it back.
@@ -125,7 +137,7 @@ impl Row for Attachment {
             self.volume.to_string(),
             self.vm.to_string(),
             word(&self.protocol),
-            access(self.read_only),
+            access(self.read_only) + if self.incoming { ", incoming" } else { "" },
             self.connections.to_string(),
             self.socket.clone(),
         ]
@@ -141,6 +153,11 @@ impl Human for Attachment {
             ("Epoch", Some(self.epoch.to_string())),
             ("Protocol", Some(word(&self.protocol))),
             ("Access", Some(access(self.read_only))),
+            (
+                "Incoming",
+                self.incoming
+                    .then(|| "takes over from the VM's other attachment when its device starts".into()),
+            ),
             ("URI", self.uri.clone()),
             ("Socket", Some(self.socket.clone())),
             ("QEMU", Some(quoted_all(&self.qemu_args))),
@@ -180,6 +197,7 @@ mod tests {
             qemu_memory_args: Vec::new(),
             over_tls: Vec::new(),
             connections: 0,
+            incoming: false,
         }
     }
 

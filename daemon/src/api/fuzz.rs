@@ -279,9 +279,17 @@ async fn start_operations(data: PathBuf) -> Arc<Operations> {
     let dirs = DataDir::take(&data).expect("a directory of its own");
     let catalog = Catalog::open(&dirs.catalog()).expect("a new catalog");
     let keys = Arc::new(LocalKeystore::open_or_create(&dirs.keys()).expect("a new keystore"));
-    Operations::start(dirs, catalog, keys, 1, EngineChoice::Threads, Settings::default())
-        .await
-        .expect("a new daemon")
+    Operations::start(
+        dirs,
+        catalog,
+        keys,
+        1,
+        EngineChoice::Threads,
+        Settings::default(),
+        crate::passed::PassedDoors::default(),
+    )
+    .await
+    .expect("a new daemon")
 }
 
 fn check_shape(status: StatusCode, answer: &[u8], what: &str) {

@@ -37,10 +37,17 @@ impl Daemon {
         let socket = dirs.api_socket();
         let catalog = Catalog::open(&dirs.catalog()).unwrap();
         let keys = Arc::new(LocalKeystore::open_or_create(&dirs.keys()).unwrap());
-        let operations =
-            Operations::start(dirs, catalog, keys, 2, EngineChoice::Threads, Settings::default())
-                .await
-                .unwrap();
+        let operations = Operations::start(
+            dirs,
+            catalog,
+            keys,
+            2,
+            EngineChoice::Threads,
+            Settings::default(),
+            crate::passed::PassedDoors::default(),
+        )
+        .await
+        .unwrap();
         let server = Server::bind(&socket, operations.clone()).unwrap();
         let (stop, stopped) = oneshot::channel();
         let serving = tokio::spawn(async move {

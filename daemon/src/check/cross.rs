@@ -307,6 +307,7 @@ mod tests {
             created_unix_seconds: 1,
         };
         let attachment = AttachmentRecord {
+            successor: None,
             id: AttachmentId::random(),
             volume: volume.id,
             vm: vm.id,

@@ -3,6 +3,8 @@
 //! Attach: policy → volume open (nobody can reach it yet) → record with the next attachment epoch durable → socket and
 //! door → answered. A crash after the record: the next start opens the door; before it: there is nothing to undo.
 //!
+//! An attachment that is to take over (`--incoming`) stands in the record of the one that has the volume; see [`super::takeover`].
+//!
 //! Detach: record gone and the next epoch durable → no new session → sessions ended and their requests out of flight
 //! (I3) → volume closed → socket removed → answered. A crash after the record: there is no door at the next start.
 
@@ -23,7 +25,7 @@ use super::volume::{check_ready, holder};
 use super::{Operations, vm_named, volume_named};
 use crate::data_dir::{check_own, make_dir};
 use crate::process::{own_uid, path_error};
-use crate::shard::{DoorSpec, Gate};
+use crate::shard::{AskTakeover, DoorSpec, Gate};
 
 /// Seconds QEMU holds a guest's requests while vold restarts, over NBD.
 const QEMU_RECONNECT_SECONDS: u32 = 60;
@@ -73,9 +75,16 @@ impl Operations {
                         manner(request.via, request.read_only),
                     )));
                 }
+                if request.incoming {
+                    return self.attach_incoming(volume, attachment, vm).await;
+                }
                 self.serve(&volume, &attachment, &vm).await?;
                 self.attachment_shown(attachment, volume.path, vm).await
             }
+            (AttachVerdict::Attach, None) if request.incoming => Err(Error::not_found(format!(
+                "volume {path} is not attached to VM {:?}, so there is nothing to take over; attach it without --incoming",
+                vm.name.as_str()
+            ))),
             (AttachVerdict::Attach, None) => self.attach_anew(volume, vm, &request).await,
             (verdict, held) => Err(Error::internal(format!("{verdict:?} with {}", held.is_some()))),
         }
@@ -101,6 +110,7 @@ impl Operations {
                 epoch: volume.attachment_epoch,
                 protocol: request.via,
                 read_only: request.read_only,
+                successor: None,
             };
             // The VM may have been removed since it was looked up; its record is part of this transaction's view.
             if tx.get::<VmRecord>(vm.id)?.is_none() {
@@ -130,18 +140,36 @@ impl Operations {
         self.attachment_shown(attachment, volume.path, vm).await
     }
 
-    /// Opens the volume and the attachment's door, unless they are open. The volume's lock is held.
+    /// Opens the volume, the attachment's door and its successor's, unless they are open. The volume's lock is held.
     pub(super) async fn serve(
         &self,
         volume: &VolumeRecord,
         attachment: &AttachmentRecord,
         vm: &VmRecord,
     ) -> Result<()> {
-        if self.report(volume.id).await?.is_some_and(|report| report.served) {
-            return Ok(());
+        let report = self.report(volume.id).await?;
+        let (served, incoming) = report.map_or((false, false), |r| (r.served, r.incoming.is_some()));
+        if !served {
+            self.open_volume(volume).await?;
+            self.open_door(volume, attachment, vm, None).await?;
         }
-        self.open_volume(volume).await?;
-        let socket = self.socket(attachment);
+        match attachment.succeeded() {
+            Some(successor) if !incoming => {
+                let takeover = self.ask_takeover(&successor);
+                self.open_door(volume, &successor, vm, Some(takeover)).await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    async fn open_door(
+        &self,
+        volume: &VolumeRecord,
+        attachment: &AttachmentRecord,
+        vm: &VmRecord,
+        takeover: Option<AskTakeover>,
+    ) -> Result<()> {
+        let socket = self.socket(attachment.id);
         let spec = DoorSpec {
             facts: AttachmentFacts {
                 volume: volume.id,
@@ -159,6 +187,11 @@ impl Operations {
             protocol: attachment.protocol,
             read_only: attachment.read_only,
             listener: bind(&socket, vm.uid, attachment.protocol)?,
+            also: match takeover {
+                None => self.passed_door(volume, attachment.protocol)?,
+                Some(_) => None,
+            },
+            takeover,
             switchboard: self.shards.switchboard(),
         };
         let opened = self
@@ -170,6 +203,19 @@ impl Operations {
             remove_socket(&socket);
         }
         opened
+    }
+
+    /// The passed socket that leads to a volume, as its attachment needs it.
+    pub(super) fn passed_door(
+        &self,
+        volume: &VolumeRecord,
+        protocol: Protocol,
+    ) -> Result<Option<UnixListener>> {
+        let listener = self.passed.of(&volume.path)?;
+        if let Some(listener) = &listener {
+            pass_descriptors(listener, protocol == Protocol::VhostUser);
+        }
+        Ok(listener)
     }
 
     /// Removes the attachment and raises the volume's attachment epoch, durably. Returns the new epoch.
@@ -201,8 +247,12 @@ impl Operations {
                 )));
             }
         };
+        if request.incoming {
+            return self.detach_incoming(volume, attachment, &vm).await;
+        }
         let epoch = self.unrecord(&volume, &attachment)?;
-        remove_socket(&self.socket(&attachment));
+        self.sockets(&attachment)
+            .for_each(|socket| remove_socket(&socket));
         self.shards
             .of_volume(id)
             .call(move |registry| async move {
@@ -227,27 +277,34 @@ impl Operations {
                 let volume = view.get::<VolumeRecord>(attachment.volume)?;
                 let vm = view.get::<VmRecord>(attachment.vm)?;
                 if let (Some(volume), Some(vm)) = (volume, vm) {
-                    rows.push((attachment, volume.path, vm));
+                    let successor = attachment.succeeded();
+                    let both = std::iter::once((attachment, false)).chain(successor.map(|next| (next, true)));
+                    rows.extend(both.map(|(attachment, incoming)| {
+                        (attachment, volume.path.clone(), vm.clone(), incoming)
+                    }));
                 }
             }
             Ok(rows)
         })?;
         let mut shown = Vec::with_capacity(rows.len());
-        for (attachment, path, vm) in rows {
-            shown.push(self.attachment_shown(attachment, path, vm).await?);
+        for (attachment, path, vm, incoming) in rows {
+            shown.push(match incoming {
+                false => self.attachment_shown(attachment, path, vm).await?,
+                true => self.incoming_shown(attachment, path, vm).await?,
+            });
         }
         shown.sort_by(|a, b| a.volume.cmp(&b.volume));
         Ok(shown)
     }
 
-    async fn attachment_shown(
+    pub(super) async fn attachment_shown(
         &self,
         attachment: AttachmentRecord,
         volume: VolumePath,
         vm: VmRecord,
     ) -> Result<control::Attachment> {
         let connections = self.report(attachment.volume).await?.map_or(0, |r| r.connections);
-        let socket = self.socket(&attachment);
+        let socket = self.socket(attachment.id);
         let socket = socket.to_str().ok_or_else(|| {
             Error::unsupported(format!(
                 "{}: the socket's path is not UTF-8; use another --data-dir",
@@ -278,6 +335,7 @@ impl Operations {
             protocol: attachment.protocol,
             read_only: attachment.read_only,
             connections,
+            incoming: false,
         })
     }
 
@@ -307,8 +365,14 @@ impl Operations {
     }
 
     /// Where an attachment's socket is.
-    pub(super) fn socket(&self, attachment: &AttachmentRecord) -> PathBuf {
-        self.dirs.attachment_socket(attachment.id)
+    pub(super) fn socket(&self, id: AttachmentId) -> PathBuf {
+        self.dirs.attachment_socket(id)
+    }
+
+    /// Its socket and its successor's.
+    pub(super) fn sockets(&self, attachment: &AttachmentRecord) -> impl Iterator<Item = PathBuf> {
+        let ids = std::iter::once(attachment.id).chain(attachment.successor);
+        ids.map(|id| self.socket(id))
     }
 
     /// Whose customer a VM is of, for messages at start.
@@ -341,9 +405,7 @@ fn bind(path: &Path, uid: u32, protocol: Protocol) -> Result<UnixListener> {
     }
     remove_socket(path);
     let listener = UnixListener::bind(path).map_err(|e| path_error(path, "the socket cannot be made", e))?;
-    if protocol == Protocol::Nbd {
-        refuse_descriptors(&listener);
-    }
+    pass_descriptors(&listener, protocol == Protocol::VhostUser);
     let given = std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).and_then(|()| {
         if uid == own_uid() {
             return Ok(());
@@ -362,24 +424,24 @@ fn bind(path: &Path, uid: u32, protocol: Protocol) -> Result<UnixListener> {
     Ok(listener)
 }
 
-/// Has the kernel refuse descriptors that peers pass (SO_PASSRIGHTS, Linux 6.16; connections inherit it). NBD knows none, and
+/// Whether the kernel takes descriptors that peers pass (SO_PASSRIGHTS, Linux 6.16; connections inherit it). NBD knows none, and
 /// letting one go can take as long as its sender likes: a socket's close waits for what it has not sent.
-fn refuse_descriptors(listener: &UnixListener) {
+fn pass_descriptors(listener: &UnixListener, pass: bool) {
     /// asm-generic/socket.h
     const SO_PASSRIGHTS: libc::c_int = 83;
-    let off: libc::c_int = 0;
+    let pass = libc::c_int::from(pass);
     // SAFETY: the value is an int of that size, and lives over the call.
     let set = unsafe {
         libc::setsockopt(
             listener.as_raw_fd(),
             libc::SOL_SOCKET,
             SO_PASSRIGHTS,
-            (&raw const off).cast(),
-            size_of_val(&off) as libc::socklen_t,
+            (&raw const pass).cast(),
+            size_of_val(&pass) as libc::socklen_t,
         )
     };
     static SAID: Once = Once::new();
-    if set != 0 {
+    if set != 0 && pass == 0 {
         SAID.call_once(|| {
             tracing::warn!(
                 "this kernel (before Linux 6.16) cannot refuse descriptors on Unix sockets: a VM's user can hold its shard up by \

@@ -20,6 +20,7 @@ mod signature;
 mod start;
 mod status;
 mod store;
+mod takeover;
 mod vm;
 mod volume;
 
@@ -37,6 +38,7 @@ use tokio::sync::OwnedMutexGuard;
 use tokio::task::JoinSet;
 
 use crate::data_dir::DataDir;
+use crate::passed::PassedDoors;
 use crate::shard::{Gate, Report, Shards};
 pub(crate) use audit::Audit;
 use locks::Locks;
@@ -91,6 +93,10 @@ pub(crate) struct Operations {
     /// Walks all volumes in the background.
     scrubber: scrub::Scrubber,
     resync_bytes_per_second: u64,
+    /// Sockets of others that lead to volumes.
+    passed: PassedDoors,
+    /// Attachments that are to take over ask for it here.
+    claims: tokio::sync::mpsc::UnboundedSender<takeover::Claim>,
     /// NBD over TCP, if it is served.
     gate: Mutex<Option<Gate>>,
     /// Destructions and recoveries under way.
@@ -360,10 +366,17 @@ mod tests {
         let dirs = DataDir::take(dir.path()).unwrap();
         let catalog = Catalog::open(&dirs.catalog()).unwrap();
         let keys = Arc::new(LocalKeystore::open_or_create(&dirs.keys()).unwrap());
-        let operations =
-            Operations::start(dirs, catalog, keys, 1, EngineChoice::Threads, Settings::default())
-                .await
-                .unwrap();
+        let operations = Operations::start(
+            dirs,
+            catalog,
+            keys,
+            1,
+            EngineChoice::Threads,
+            Settings::default(),
+            PassedDoors::default(),
+        )
+        .await
+        .unwrap();
         let name: Name = "acme".parse().unwrap();
         operations
             .customer_create(control::CustomerCreate { name: name.clone() })
@@ -386,10 +399,19 @@ mod tests {
                                 vm,
                                 via: Protocol::Nbd,
                                 read_only: false,
+                                incoming: false,
                             };
                             operations.attach(request).await.map(drop)
                         }
-                        "detach" => operations.detach(control::Detach { volume: path, vm }).await,
+                        "detach" => {
+                            operations
+                                .detach(control::Detach {
+                                    volume: path,
+                                    vm,
+                                    incoming: false,
+                                })
+                                .await
+                        }
                         "resize" => {
                             let request = control::VolumeResize { size_bytes: 4096 };
                             operations.volume_resize(&path, request).await.map(drop)

@@ -27,6 +27,7 @@ use super::volume::holder;
 use super::{Audit, Operations, Seat, Settings};
 use crate::config::Tcp;
 use crate::data_dir::DataDir;
+use crate::passed::PassedDoors;
 use crate::shard::{Bound, Gate, Shards, TlsFiles, Versions};
 
 /// How often open stores are asked for faults. They tell by themselves; this is for a record that could not be made.
@@ -46,8 +47,10 @@ impl Operations {
         shard_count: usize,
         engine: impl Into<Engine>,
         settings: Settings,
+        passed: PassedDoors,
     ) -> Result<Arc<Self>> {
         let audit = libvol::audit::Log::open(&dirs.audit())?;
+        let (claim, claims) = tokio::sync::mpsc::unbounded_channel();
         let operations = Arc::new(Self {
             dirs,
             catalog: Arc::new(catalog),
@@ -63,6 +66,8 @@ impl Operations {
             faults: Arc::default(),
             scrubber: Scrubber::new(settings.scrub),
             resync_bytes_per_second: settings.resync_bytes_per_second,
+            claims: claim,
+            passed,
             gate: Mutex::default(),
             background: Mutex::new(JoinSet::new()),
             started: Instant::now(),
@@ -76,6 +81,7 @@ impl Operations {
         operations.watch_healing();
         operations.start_scrubbing();
         operations.watch_floors();
+        operations.watch_claims(claims);
         Ok(operations)
     }
 
@@ -143,7 +149,7 @@ impl Operations {
     /// Every volume to where the catalog says it should be.
     async fn take_up_volumes(self: &Arc<Self>) -> Result<()> {
         let attachments = self.look(|view| view.all::<AttachmentRecord>())?;
-        let kept: Vec<PathBuf> = attachments.iter().map(|a| self.socket(a)).collect();
+        let kept: Vec<PathBuf> = attachments.iter().flat_map(|a| self.sockets(a)).collect();
         for path in self
             .dirs
             .sockets()
@@ -302,7 +308,8 @@ impl Operations {
         }
         if let Ok(attachments) = self.look(|view| view.all::<AttachmentRecord>()) {
             for attachment in attachments {
-                remove_socket(&self.socket(&attachment));
+                self.sockets(&attachment)
+                    .for_each(|socket| remove_socket(&socket));
             }
         }
     }

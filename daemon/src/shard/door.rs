@@ -4,7 +4,7 @@
 //! export it asks for. Who is turned away learns nothing; the log has the reason, as far as that is not a client's way to
 //! fill it: what a client can cause at will is logged the 1st, 2nd, 4th, 8th … time, and what it says is clipped.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::os::unix::net::UnixListener;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -14,10 +14,11 @@ use libvol::control::Protocol;
 use libvol::ids::{Epoch, VolumeId};
 use libvol::limits::NBD_CONNECTIONS_PER_ATTACHMENT;
 use libvol::runtime::net::{Listener, Stream};
-use libvol::runtime::{sleep, spawn};
+use libvol::runtime::{Task, sleep, spawn};
 use libvol::tenant::{self, AttachmentFacts, Peer};
 use libvol::volume::Volume;
 use libvol::{Error, Kind, Result};
+use tokio::sync::oneshot;
 
 use super::switchboard::{Guest, Switchboard};
 use crate::nbd::{self, Export, Exports, Lookup};
@@ -43,6 +44,9 @@ pub(crate) enum Manner {
     AtOnce,
 }
 
+/// Asks the control plane to let this attachment take the volume over; the answer comes when nothing of the other is in flight.
+pub(crate) type AskTakeover = Arc<dyn Fn() -> oneshot::Receiver<Result<()>> + Send + Sync>;
+
 /// What a door is made of.
 pub(crate) struct DoorSpec {
     /// Whose attachment, of what.
@@ -57,6 +61,10 @@ pub(crate) struct DoorSpec {
     pub(crate) read_only: bool,
     /// Bound, listening, owned by the VM's uid.
     pub(crate) listener: UnixListener,
+    /// Bound and listening, and somebody else's: it stays as it is.
+    pub(crate) also: Option<UnixListener>,
+    /// The VM's other attachment has the volume until this one's device starts.
+    pub(crate) takeover: Option<AskTakeover>,
     /// Where VMs that come over TLS learn of it.
     pub(crate) switchboard: Arc<Switchboard>,
 }
@@ -67,11 +75,14 @@ pub(crate) struct Door {
     export: String,
     vm: String,
     read_only: bool,
-    /// The volume's attachment epoch now.
-    current: Rc<Cell<Epoch>>,
+    /// The attachment epoch, as sessions are judged by; raised first when the attachment ends.
+    current: Cell<Epoch>,
+    /// How the guest has set its cache.
+    writeback: Rc<Cell<bool>>,
     closed: Cell<bool>,
     volume: Rc<Volume>,
-    listener: Listener,
+    listener: RefCell<Option<Listener>>,
+    accepting: RefCell<Vec<Task<()>>>,
     sessions: Sessions,
     switchboard: Arc<Switchboard>,
     connected: Cell<u64>,
@@ -90,7 +101,7 @@ impl Door {
     ///
     /// # Errors
     /// When the socket cannot be used, or this host cannot serve the protocol.
-    pub(crate) fn open(spec: DoorSpec, volume: Rc<Volume>, current: Rc<Cell<Epoch>>) -> Result<Rc<Self>> {
+    pub(crate) fn open(spec: DoorSpec, volume: Rc<Volume>, writeback: Rc<Cell<bool>>) -> Result<Rc<Self>> {
         let sessions = match spec.protocol {
             Protocol::Nbd => Sessions::Nbd(nbd::Sessions::new()),
             Protocol::VhostUser => {
@@ -99,20 +110,22 @@ impl Door {
                                    fs.aio-max-nr, allow it in the service's sandbox, or attach with --via nbd";
                     Error::with_source(Kind::Unsupported, message, e)
                 })?;
-                Sessions::VhostUser(vhost::Sessions::new(), Rc::default())
+                Sessions::VhostUser(vhost::Sessions::new(spec.takeover.map(takeover)), Rc::default())
             }
         };
         let listener = Listener::unix(spec.listener)
             .map_err(|e| Error::with_source(Kind::Io, "an attachment's socket cannot be used", e))?;
         let door = Rc::new(Self {
+            current: Cell::new(spec.facts.epoch),
             facts: spec.facts,
             export: spec.export,
             vm: spec.vm,
             read_only: spec.read_only,
-            current,
+            writeback,
             closed: Cell::new(false),
             volume,
-            listener,
+            listener: RefCell::new(Some(listener.clone())),
+            accepting: RefCell::default(),
             sessions,
             switchboard: spec.switchboard,
             connected: Cell::default(),
@@ -124,7 +137,10 @@ impl Door {
             door.switchboard
                 .open(&door.facts.vm, &door.export, door.facts.volume);
         }
-        spawn(door.clone().accept()).detach();
+        door.listen(listener);
+        if let Some(also) = spec.also {
+            door.listen_also(also);
+        }
         Ok(door)
     }
 
@@ -144,6 +160,16 @@ impl Door {
         }
     }
 
+    /// The epoch of its attachment.
+    pub(crate) fn epoch(&self) -> Epoch {
+        self.facts.epoch
+    }
+
+    /// Its attachment has ended, or another's epoch has begun: nobody is let in any more.
+    pub(crate) fn supersede(&self, epoch: Epoch) {
+        self.current.set(epoch);
+    }
+
     /// The volume has grown: who can be told is.
     pub(crate) fn resized(&self) {
         if let Sessions::VhostUser(sessions, _) = &self.sessions {
@@ -157,7 +183,12 @@ impl Door {
         if matches!(self.sessions, Sessions::Nbd(_)) {
             self.switchboard.close(&self.facts.vm, self.facts.volume);
         }
-        self.listener.close();
+        // No accept is under way from here on; the socket of others stays open.
+        self.accepting.take();
+        let listener = self.listener.take();
+        if let Some(listener) = &listener {
+            listener.close();
+        }
         match &self.sessions {
             Sessions::Nbd(sessions) => {
                 if manner == Manner::Gently {
@@ -165,24 +196,35 @@ impl Door {
                 }
                 sessions.end_all().await;
             }
-            // Requests stay in the guest's queues, so there is but one manner.
-            Sessions::VhostUser(sessions, _) => sessions.end_all(GENTLE).await,
+            Sessions::VhostUser(sessions, _) => {
+                if let Some(listener) = listener {
+                    sessions.leave_listener(listener);
+                }
+                // Requests stay in the guest's queues, so there is but one manner.
+                sessions.end_all(GENTLE).await;
+            }
         }
     }
 
-    async fn accept(self: Rc<Self>) {
+    /// Accepts connections over somebody else's socket as well.
+    pub(crate) fn listen_also(self: &Rc<Self>, listener: UnixListener) {
+        match Listener::unix(listener) {
+            Ok(listener) => self.listen(listener),
+            Err(e) => tracing::error!(volume = %self.export, "the passed socket cannot be used: {e}"),
+        }
+    }
+
+    fn listen(self: &Rc<Self>, listener: Listener) {
+        let accepting = spawn(self.clone().accept(listener));
+        self.accepting.borrow_mut().push(accepting);
+    }
+
+    async fn accept(self: Rc<Self>, listener: Listener) {
         while !self.closed.get() {
             if let Sessions::VhostUser(sessions, _) = &self.sessions {
                 sessions.room().await;
             }
-            match self.listener.accept().await {
-                // Closed while the connection was on its way: it is dropped.
-                Ok(stream) if self.closed.get() => {
-                    if let Sessions::VhostUser(sessions, _) = &self.sessions {
-                        drop(sessions.incoming(stream));
-                    }
-                    break;
-                }
+            match listener.accept_when_ready().await {
                 Ok(stream) => self.admit(stream),
                 Err(_) if self.closed.get() => break,
                 Err(e) => {
@@ -212,6 +254,7 @@ impl Door {
                         name: self.export.clone(),
                         serial: serial(self.facts.volume),
                         read_only: self.read_only,
+                        writeback: self.writeback.clone(),
                         volume: self.volume.clone(),
                         broken: broken.clone(),
                     };
@@ -290,6 +333,15 @@ impl Door {
             times => tracing::debug!(volume = %self.export, vm = %self.vm, times, "connected, {how}"),
         }
     }
+}
+
+/// Asks, and waits for the answer.
+fn takeover(ask: AskTakeover) -> vhost::Takeover {
+    Box::new(move || {
+        let answer = ask();
+        let stops = |_| Err(Error::unavailable("the daemon stops"));
+        Box::pin(async move { answer.await.unwrap_or_else(stops) })
+    })
 }
 
 /// What one connection may see: its attachment's volume, as long as the attachment stands.

@@ -12,7 +12,7 @@ mod registry;
 mod switchboard;
 pub(crate) mod tls;
 
-pub(crate) use door::DoorSpec;
+pub(crate) use door::{AskTakeover, DoorSpec};
 pub(crate) use gate::{Bound, Gate};
 pub(crate) use registry::{Load, Mended, OpenReplica, OpenSpec, Registry, Report};
 pub(crate) use switchboard::Switchboard;

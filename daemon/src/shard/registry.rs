@@ -5,6 +5,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ops::AddAssign;
+use std::os::unix::net::UnixListener;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -73,6 +74,8 @@ pub(crate) struct Report {
     pub(crate) connections: usize,
     /// Whether it has a door: an attachment is served.
     pub(crate) served: bool,
+    /// Connections of the attachment that is to take over, if there is one.
+    pub(crate) incoming: Option<usize>,
 }
 
 impl Report {
@@ -150,9 +153,11 @@ impl AddAssign for Mended {
 
 struct Entry {
     volume: Rc<Volume>,
-    /// The volume's attachment epoch, as sessions are judged by. Raised first when an attachment ends.
-    epoch: Rc<Cell<Epoch>>,
     door: Option<Rc<Door>>,
+    /// The door of the attachment that is to take over.
+    incoming: Option<Rc<Door>>,
+    /// How the guest has set its cache; that moves with it.
+    writeback: Rc<Cell<bool>>,
     /// What of its counters was taken.
     taken: Cell<Mended>,
 }
@@ -203,8 +208,9 @@ impl Registry {
         let volume = Volume::open_tuned(spec, tuning).await?;
         let entry = Entry {
             volume,
-            epoch: Rc::default(),
             door: None,
+            incoming: None,
+            writeback: Rc::new(Cell::new(true)),
             taken: Cell::default(),
         };
         let earlier = self.volumes.borrow_mut().insert(id, entry);
@@ -212,7 +218,7 @@ impl Registry {
         Ok(())
     }
 
-    /// Lets the VM of an attachment in.
+    /// Lets the VM of an attachment in. One that is to take over may describe its device meanwhile.
     ///
     /// # Errors
     /// When the socket cannot be used.
@@ -222,9 +228,12 @@ impl Registry {
         let entry = volumes
             .get_mut(&id)
             .ok_or_else(|| Error::internal(format!("volume {id} is not open on its shard")))?;
-        assert!(entry.door.is_none(), "one attachment a volume");
-        entry.epoch.set(spec.facts.epoch);
-        entry.door = Some(Door::open(spec, entry.volume.clone(), entry.epoch.clone())?);
+        let place = match spec.takeover {
+            None => &mut entry.door,
+            Some(_) => &mut entry.incoming,
+        };
+        assert!(place.is_none(), "one attachment a volume, and one to come");
+        *place = Some(Door::open(spec, entry.volume.clone(), entry.writeback.clone())?);
         Ok(())
     }
 
@@ -233,18 +242,54 @@ impl Registry {
         self.volumes.borrow().get(&id)?.door.clone()
     }
 
-    /// Ends the attachment's sessions: from `epoch` on nothing of it is let in, and when this returns, nothing of it is
-    /// in flight (I3).
+    /// Ends the sessions of the attachment, and of one that is to take over: from `epoch` on nothing of them is let in, and
+    /// when this returns, nothing of them is in flight (I3).
     pub(crate) async fn close_door(&self, id: VolumeId, epoch: Epoch) {
-        let door = {
-            let mut volumes = self.volumes.borrow_mut();
-            let Some(entry) = volumes.get_mut(&id) else { return };
-            entry.epoch.set(epoch);
-            entry.door.take()
-        };
+        self.close_incoming(id, epoch).await;
+        let door = self.volumes.borrow_mut().get_mut(&id).and_then(|e| e.door.take());
         if let Some(door) = door {
+            door.supersede(epoch);
             door.close(Manner::Gently).await;
         }
+    }
+
+    /// Ends those of the attachment that was to take over.
+    pub(crate) async fn close_incoming(&self, id: VolumeId, epoch: Epoch) {
+        let door = self
+            .volumes
+            .borrow_mut()
+            .get_mut(&id)
+            .and_then(|e| e.incoming.take());
+        if let Some(door) = door {
+            door.supersede(epoch);
+            door.close(Manner::Gently).await;
+        }
+    }
+
+    /// The attachment that is to take over does: when this returns, nothing of the one before is in flight, nor will be (I3).
+    ///
+    /// # Errors
+    /// `Unavailable` when there is none (any more).
+    pub(crate) async fn take_over(&self, id: VolumeId, also: Option<UnixListener>) -> Result<()> {
+        let gone = || Error::unavailable(format!("volume {id} has no attachment that is to take over"));
+        let (old, new) = {
+            let volumes = self.volumes.borrow();
+            let entry = volumes.get(&id).ok_or_else(gone)?;
+            (entry.door.clone(), entry.incoming.clone().ok_or_else(gone)?)
+        };
+        if let Some(old) = old {
+            old.supersede(new.epoch());
+            old.close(Manner::Gently).await;
+        }
+        // Both stood there meanwhile, for a daemon that stops.
+        let mut volumes = self.volumes.borrow_mut();
+        let entry = volumes.get_mut(&id).ok_or_else(gone)?;
+        let door = entry.incoming.take().ok_or_else(gone)?;
+        if let Some(also) = also {
+            door.listen_also(also);
+        }
+        entry.door = Some(door);
+        Ok(())
     }
 
     /// Closes a volume, its sessions first if it has any (the daemon stops): flushed, clean, gone from here.
@@ -255,7 +300,7 @@ impl Registry {
         let Some(entry) = self.volumes.borrow_mut().remove(&id) else {
             return Ok(());
         };
-        if let Some(door) = &entry.door {
+        for door in [&entry.incoming, &entry.door].into_iter().flatten() {
             door.close(Manner::AtOnce).await;
         }
         let closed = entry.volume.close().await;
@@ -277,7 +322,7 @@ impl Registry {
     pub(crate) fn grow(&self, id: VolumeId, size_bytes: u64) {
         if let Some(entry) = self.volumes.borrow().get(&id) {
             entry.volume.grow(size_bytes);
-            if let Some(door) = &entry.door {
+            for door in [&entry.door, &entry.incoming].into_iter().flatten() {
                 door.resized();
             }
         }
@@ -350,6 +395,7 @@ impl Registry {
             failure: entry.volume.failure(),
             connections: entry.door.as_ref().map_or(0, |door| door.connections()),
             served: entry.door.is_some(),
+            incoming: entry.incoming.as_ref().map(|door| door.connections()),
         })
     }
 
@@ -360,7 +406,8 @@ impl Registry {
             tasks: live_tasks() - 1,
             ..Load::default()
         };
-        for door in volumes.values().filter_map(|entry| entry.door.as_ref()) {
+        let doors = volumes.values().flat_map(|entry| [&entry.door, &entry.incoming]);
+        for door in doors.flatten() {
             load.connections += door.connections();
             load.handshakes += door.handshakes();
         }

@@ -3,7 +3,7 @@
 //! Sources: VIRTIO 1.2, 5.2.3 "Feature bits", 5.2.4 "Device configuration layout", 6 "Reserved Feature Bits"; vhost-user,
 //! "Protocol features".
 
-use libvol::limits::{BLOCK_SIZE, SECTOR_SIZE, VHOST_QUEUES_MAX, VHOST_REQUEST_BYTES_MAX};
+use libvol::limits::{BLOCK_SIZE, SECTOR_SIZE, VHOST_PIECE_BYTES_MAX, VHOST_QUEUES_MAX};
 
 use super::message::CONFIG_BYTES_MAX;
 use super::request::RangesMax;
@@ -97,11 +97,11 @@ pub(super) fn offered(read_only: bool) -> u64 {
 /// Segments of one request at most. Those of a queue of 128, which is the usual size, less two for header and status: a
 /// guest may not use a longer table of descriptors than its queue.
 pub(super) const SEGMENTS_MAX: u32 = 126;
-/// Bytes of one segment at most: 126 × 256 KiB are 31.5 MiB, which is within what a request may bring.
+/// Bytes of one segment at most: 126 × 256 KiB are 31.5 MiB, which is within what is carried out in one piece.
 pub(super) const SEGMENT_BYTES_MAX: u32 = 256 << 10;
 const _: () = assert!(
-    SEGMENTS_MAX as u64 * SEGMENT_BYTES_MAX as u64 <= VHOST_REQUEST_BYTES_MAX,
-    "who keeps to what is announced is served"
+    SEGMENTS_MAX as u64 * SEGMENT_BYTES_MAX as u64 <= VHOST_PIECE_BYTES_MAX,
+    "who keeps to what is announced is served in one piece"
 );
 /// What one request may discard or zero: 64 ranges of 1 GiB. Each is carried out in one piece, and whoever cuts the session
 /// waits for a piece.

@@ -39,8 +39,6 @@ pub(super) struct Front<D> {
     features: Cell<u64>,
     /// Queues that have been started.
     queues: Rc<InFlight>,
-    /// What the guest has set the cache to, if it may.
-    writeback: Cell<bool>,
     memory: RefCell<Rc<GuestMemory>>,
     log: RefCell<Option<Rc<DirtyLog>>>,
     backend_channel: RefCell<Option<OwnedFd>>,
@@ -76,7 +74,6 @@ impl<D: Device> Front<D> {
             changed: Notify::default(),
             features: Cell::new(0),
             queues: Rc::default(),
-            writeback: Cell::new(true),
             memory: RefCell::new(Rc::new(GuestMemory::empty())),
             log: RefCell::default(),
             backend_channel: RefCell::default(),
@@ -129,24 +126,24 @@ impl<D: Device> Front<D> {
     pub(super) fn writes_back(&self) -> bool {
         let features = self.features.get();
         let may_be_set = features & feature::BLK_CONFIG_WCE != 0;
-        features & feature::BLK_FLUSH != 0 && (!may_be_set || self.writeback.get())
+        features & feature::BLK_FLUSH != 0 && (!may_be_set || self.writeback())
     }
 
     /// What the cache's mode was set to.
     pub(super) fn writeback(&self) -> bool {
-        self.writeback.get()
+        self.export.writeback.get()
     }
 
     /// The cache's mode as the configuration space has it. Front-ends read that before they agree on anything, and then it
     /// is what was set; for a guest that may set it and cannot flush, it is through (VIRTIO 1.2, 5.2.5.2).
     pub(super) fn writeback_in_space(&self) -> bool {
         let settable = self.features.get() & feature::BLK_CONFIG_WCE != 0;
-        self.writeback.get() && (!settable || self.writes_back())
+        self.writeback() && (!settable || self.writes_back())
     }
 
-    /// The guest sets the cache's mode. It outlives resets: front-ends tell it once.
+    /// The guest sets the cache's mode. It outlives resets, and front-ends: it is told once.
     pub(super) fn set_writeback(&self, on: bool) {
-        self.writeback.set(on);
+        self.export.writeback.set(on);
     }
 
     /// What requests are judged by now. The volume may grow meanwhile.

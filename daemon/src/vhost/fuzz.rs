@@ -330,7 +330,7 @@ impl Model {
         let payload = &readable[16..];
         let data = |len: u128| {
             let good =
-                len > 0 && len <= 32 << 20 && len.is_multiple_of(512) && sector * 512 + len <= capacity * 512;
+                len > 0 && len < 1 << 32 && len.is_multiple_of(512) && sector * 512 + len <= capacity * 512;
             if good {
                 Ok((sector as u64 * 512, len as u32))
             } else {

@@ -54,6 +54,7 @@ mod sessions;
 #[cfg(test)]
 mod tests;
 
+use std::cell::Cell;
 use std::rc::Rc;
 
 use libvol::volume::Volume;
@@ -62,7 +63,7 @@ use crate::device::Device;
 use crate::seldom::Seldom;
 pub(crate) use leavings::Incoming;
 use notify::Signals;
-pub(crate) use sessions::Sessions;
+pub(crate) use sessions::{Sessions, Takeover};
 
 /// Bytes of what a device calls itself (VIRTIO 1.2, 5.2.6).
 pub(crate) const SERIAL_BYTES: usize = request::ID_BYTES;
@@ -75,6 +76,8 @@ pub(crate) struct Export<D = Rc<Volume>> {
     pub(crate) serial: [u8; SERIAL_BYTES],
     /// Writes are refused.
     pub(crate) read_only: bool,
+    /// Whether the guest has its cache written back, or through: it sets that once, for every front-end that serves it.
+    pub(crate) writeback: Rc<Cell<bool>>,
     /// The bytes.
     pub(crate) volume: D,
     /// Counts devices that their front-ends broke.

@@ -18,9 +18,10 @@ use std::time::Duration;
 
 use futures_util::future::select;
 
+use libvol::buf::Buf;
 use libvol::crypto::seal::PlainBuf;
 use libvol::error::{Error, Result};
-use libvol::limits::BLOCK_SIZE;
+use libvol::limits::{BLOCK_SIZE, VHOST_PIECE_BYTES_MAX};
 use libvol::runtime::sync::{InFlight, InFlightGuard, Notify, Permits};
 use libvol::runtime::{Task, sleep, spawn, yield_now};
 use libvol::volume::PlainPart;
@@ -272,7 +273,8 @@ impl<D: Device> Queue<D> {
                 // Counted before it waits, so that a queue that stops waits for it.
                 let counted = [self.in_flight.enter(), self.front.in_flight().enter()];
                 let parts = request.parts();
-                let places = self.front.places(request.data_len() as usize).await;
+                let at_once = u64::from(request.data_len()).min(VHOST_PIECE_BYTES_MAX);
+                let places = self.front.places(at_once as usize).await;
                 self.front.admit(Job {
                     queue: self.clone(),
                     request,
@@ -372,29 +374,34 @@ impl<D: Device> Job<D> {
         let device = front.device();
         let fua = !front.writes_back();
         let (what, done) = match &self.request.kind {
-            Kind::Read { offset, len } => match device.read(*offset, *len).await {
-                Ok(_) if front.is_cut() => return Ok(STATUS_IOERR),
-                Ok(parts) => {
-                    self.bring(&parts).await?;
-                    ("read", Ok(()))
-                }
-                Err(e) => ("read", Err(e)),
-            },
-            Kind::Write { offset, len } => {
-                let bytes = *len as usize;
-                // Whole blocks, so that a sub-block write can be completed in place.
-                let mut buf = device.pool().get(bytes.next_multiple_of(BLOCK_SIZE));
-                for from in (0..bytes).step_by(BYTES_A_TURN) {
-                    if from > 0 {
-                        yield_now().await;
-                        if front.is_cut() {
-                            return Ok(STATUS_IOERR);
+            Kind::Read { offset, len } => {
+                let mut done = Ok(());
+                for (at, len) in pieces(*len) {
+                    match device.read(*offset + u64::from(at), len).await {
+                        Ok(_) if front.is_cut() => return Ok(STATUS_IOERR),
+                        Ok(parts) => self.bring(at as usize, &parts).await?,
+                        Err(e) => {
+                            done = Err(e);
+                            break;
                         }
                     }
-                    let to = bytes.min(from + BYTES_A_TURN);
-                    self.request.gather_from(&self.memory, from, &mut buf[from..to])?;
                 }
-                ("write", device.write(*offset, PlainBuf(buf), *len, fua).await)
+                ("read", done)
+            }
+            Kind::Write { offset, len } => {
+                let mut done = Ok(());
+                for (at, len) in pieces(*len) {
+                    let Some(buf) = self.fetch(at as usize, len as usize).await? else {
+                        return Ok(STATUS_IOERR);
+                    };
+                    done = device
+                        .write(*offset + u64::from(at), PlainBuf(buf), len, fua)
+                        .await;
+                    if done.is_err() {
+                        break;
+                    }
+                }
+                ("write", done)
             }
             Kind::Flush => ("flush", device.flush().await),
             Kind::Discard { ranges } => {
@@ -437,10 +444,30 @@ impl<D: Device> Job<D> {
         Ok(())
     }
 
-    /// Copies what was read to the guest, with turns for others in between.
-    async fn bring(&self, parts: &[PlainPart]) -> Result<(), Fault> {
+    /// Copies a piece of what is to be written out of the guest, with turns for others in between; nothing when the front-end
+    /// has gone.
+    async fn fetch(&self, at: usize, len: usize) -> Result<Option<Buf>, Fault> {
         let front = &self.queue.front;
-        let (mut at, mut in_turn) = (0, 0);
+        // Whole blocks, so that a sub-block write can be completed in place.
+        let mut buf = front.device().pool().get(len.next_multiple_of(BLOCK_SIZE));
+        for from in (0..len).step_by(BYTES_A_TURN) {
+            if at + from > 0 {
+                yield_now().await;
+                if front.is_cut() {
+                    return Ok(None);
+                }
+            }
+            let to = len.min(from + BYTES_A_TURN);
+            self.request
+                .gather_from(&self.memory, at + from, &mut buf[from..to])?;
+        }
+        Ok(Some(buf))
+    }
+
+    /// Copies what was read to the guest, to the `at`th place of the answer, with turns for others in between.
+    async fn bring(&self, mut at: usize, parts: &[PlainPart]) -> Result<(), Fault> {
+        let front = &self.queue.front;
+        let mut in_turn = 0;
         for part in parts {
             let mut left = part_len(part);
             while left > 0 && !front.is_cut() {
@@ -469,6 +496,14 @@ impl<D: Device> Job<D> {
         }
         Ok(())
     }
+}
+
+/// A request's data as it is read or written: offset and length of each piece. Others' requests come in between.
+fn pieces(len: u32) -> impl Iterator<Item = (u32, u32)> {
+    const PIECE: u32 = VHOST_PIECE_BYTES_MAX as u32;
+    (0..len)
+        .step_by(PIECE as usize)
+        .map(move |at| (at, PIECE.min(len - at)))
 }
 
 fn part_len(part: &PlainPart) -> usize {

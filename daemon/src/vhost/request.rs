@@ -1,13 +1,13 @@
 //! One block request: from a chain to what is to be done, all of it checked.
 //!
-//! This is the door: a [`BlockRequest`] lies inside the device, is of a permitted kind and not longer than is allowed.
+//! This is the door: a [`BlockRequest`] lies inside the device, and is of a permitted kind.
 //! Header, data and status are found by counting the chain's bytes, however it is cut up: the first 16 bytes to read are the
 //! header, what follows is the payload; the last byte to write is the status, what comes before is for the answer. The
 //! header and a discard's ranges are copied here, once. Data stays where it is until it is gathered.
 //!
 //! Source: VIRTIO 1.2, 5.2.6 "Device Operation".
 
-use libvol::limits::{SECTOR_SIZE, VHOST_REQUEST_BYTES_MAX};
+use libvol::limits::SECTOR_SIZE;
 
 use super::chain::Chain;
 use super::fault::Fault;
@@ -29,6 +29,8 @@ const RANGE_BYTES: usize = 16;
 pub(super) const ID_BYTES: usize = 20;
 
 const SECTOR: u64 = SECTOR_SIZE as u64;
+/// Data of one request: what the used ring can tell the length of, with the status (VIRTIO 1.2, 2.7.8).
+const DATA_BYTES_MAX: u64 = u32::MAX as u64 / SECTOR * SECTOR;
 
 const TYPE_IN: u32 = 0;
 const TYPE_OUT: u32 = 1;
@@ -74,8 +76,7 @@ pub(super) enum Parsed {
 /// What is to be done. Offsets and lengths are bytes, whole sectors inside the device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// Read `len` bytes, which [`BlockRequest::scatter`] brings to the guest. Not zero, at most
-    /// [`VHOST_REQUEST_BYTES_MAX`].
+    /// Read `len` bytes, which [`BlockRequest::scatter`] brings to the guest. Not zero.
     Read {
         /// From here.
         offset: u64,
@@ -297,7 +298,7 @@ fn judge(memory: &GuestMemory, chain: &Chain, rules: &Rules) -> Result<Result<Ki
 impl Rules {
     /// Data of one request: whole sectors, some, not too many, inside the device.
     fn range(&self, sector: u64, len: u64) -> Result<(u64, u32), Status> {
-        if len == 0 || len > VHOST_REQUEST_BYTES_MAX || !len.is_multiple_of(SECTOR) {
+        if len == 0 || len > DATA_BYTES_MAX || !len.is_multiple_of(SECTOR) {
             return Err(IOERR);
         }
         let offset = self.offset(sector, len / SECTOR)?;

@@ -10,9 +10,11 @@
 //! Source: QEMU docs/interop/vhost-user, "Communication", "Front-end message types".
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use futures_util::future::{Either, select};
 use rustix::net::sockopt::{socket_domain, socket_type};
 use rustix::net::{AddressFamily, SocketType};
 
@@ -33,7 +35,7 @@ use super::message::{self, InflightShape, Message, UserAddresses};
 use super::notify::{Call, Kick, Signals};
 use super::queue::{CallPlace, Setup, Started};
 use super::ring::RingAddresses;
-use super::sessions::{Member, Seat};
+use super::sessions::{Member, Seat, Sessions};
 use crate::device::Device;
 
 /// Serves until the front-end leaves or is cut off, then until the last of its requests has ended.
@@ -56,6 +58,7 @@ pub(super) async fn run<D: Device>(incoming: Incoming, export: Export<D>, seat: 
     let session = Session {
         channel: Channel::new(stream),
         front: front.clone(),
+        sessions: seat.sessions(),
         signals,
         leavings: leavings.clone(),
         account: seat.account(),
@@ -83,6 +86,7 @@ pub(super) async fn run<D: Device>(incoming: Incoming, export: Export<D>, seat: 
 struct Session<D> {
     channel: Channel,
     front: Rc<Front<D>>,
+    sessions: Rc<Sessions>,
     signals: Rc<Signals>,
     leavings: Rc<Leavings>,
     account: Arc<Account>,
@@ -312,7 +316,7 @@ impl<D: Device> Session<D> {
                 let place = self.stopped(queue)?;
                 place.kick = Some(kick);
                 place.enabled |= enabled;
-                self.start(queue)?;
+                self.start(queue).await?;
             }
             Message::SetVringCall { queue, .. } => {
                 let call = descriptor(&mut descriptors).map(|call| Call::new(call, &self.signals));
@@ -331,7 +335,7 @@ impl<D: Device> Session<D> {
                 let place = self.place(queue)?;
                 place.enabled = on;
                 match &place.started {
-                    None => self.start(queue)?,
+                    None => self.start(queue).await?,
                     Some(started) if on => started.enable(),
                     // For some front-ends that is all of a pause.
                     Some(started) => started.disable().await,
@@ -549,14 +553,21 @@ impl<D: Device> Session<D> {
         }
     }
 
-    /// Starts a queue that has all it needs.
-    fn start(&mut self, queue: u32) -> Result<(), Refused> {
+    /// Starts a queue that has all it needs, once the device may start.
+    async fn start(&mut self, queue: u32) -> Result<(), Refused> {
         let front = self.front.clone();
-        let memory = front.memory();
         let place = self.stopped(queue)?;
         if !place.enabled || place.kick.is_none() {
             return Ok(());
         }
+        match select(pin!(self.sessions.may_start()), pin!(front.cut())).await {
+            Either::Left((allowed, _)) => {
+                allowed.map_err(|why| Refused(format!("the volume is not taken over: {why}")))?;
+            }
+            Either::Right(_) => return Err("the attachment has ended, or the front-end has gone".into()),
+        }
+        let memory = front.memory();
+        let place = self.stopped(queue)?;
         let addresses = place.addresses.ok_or("a queue that is nowhere")?;
         let guest = |user| memory.guest_of_user(user).ok_or("a queue outside of the memory");
         let addresses = RingAddresses {

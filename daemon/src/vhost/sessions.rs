@@ -4,15 +4,20 @@
 //! lands after a newer one (I3); while one is there, another is turned away; after [`Sessions::end_all`] has begun nothing
 //! new is served, and when it returns no request runs. One that comes while the last is on its way out waits, and there is
 //! place for one.
+//!
+//! Front-ends of an attachment that is to succeed another may describe their device, and start it when the other has ended.
 
 use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use libvol::runtime::net::Stream;
+use libvol::Result;
+use libvol::runtime::net::{Listener, Stream};
 use libvol::runtime::sync::{InFlight, Notify};
-use libvol::runtime::timeout;
+use libvol::runtime::{spawn, timeout, yield_now};
 
 use super::leavings::{Incoming, Leavings};
 use super::mapping::Account;
@@ -31,8 +36,13 @@ pub(super) trait Member {
     fn configuration_changed(&self);
 }
 
+/// Takes the volume over from the attachment that has it. When it is done, nothing of that is in flight.
+pub(crate) type Takeover = Box<dyn Fn() -> Pin<Box<dyn Future<Output = Result<()>>>>>;
+
 /// See the module's text.
 pub(crate) struct Sessions {
+    /// What has to happen before a device starts.
+    takeover: RefCell<Option<Rc<Takeover>>>,
     ended: Cell<bool>,
     /// The one place is taken, from a front-end's coming until what it left behind is closed.
     taken: Cell<bool>,
@@ -47,9 +57,10 @@ pub(crate) struct Sessions {
 }
 
 impl Sessions {
-    /// No front-end, and open for one.
-    pub(crate) fn new() -> Rc<Self> {
+    /// No front-end, and open for one. The first device that starts takes the volume over, if it is another's.
+    pub(crate) fn new(takeover: Option<Takeover>) -> Rc<Self> {
         Rc::new(Self {
+            takeover: RefCell::new(takeover.map(Rc::new)),
             ended: Cell::default(),
             taken: Cell::default(),
             awaited: Cell::default(),
@@ -63,6 +74,20 @@ impl Sessions {
     /// Takes a connection over, whether or not it will be served.
     pub(crate) fn incoming(&self, stream: Stream) -> Incoming {
         Incoming::new(stream, self.leavings.clone())
+    }
+
+    /// Lets a closed listener go, with the connections that nobody has accepted: their front-ends may have passed anything.
+    pub(crate) fn leave_listener(&self, listener: Listener) {
+        let leavings = self.leavings.clone();
+        spawn(async move {
+            while listener.is_shared() {
+                yield_now().await;
+            }
+            if let Some(socket) = listener.into_socket() {
+                leavings.put(socket);
+            }
+        })
+        .detach();
     }
 
     /// What front-ends leave behind.
@@ -102,6 +127,16 @@ impl Sessions {
         self.changed
             .until(|| self.member.borrow().is_none().then_some(()))
             .await;
+    }
+
+    /// Waits until a device may start.
+    pub(super) async fn may_start(&self) -> Result<()> {
+        let takeover = self.takeover.borrow().clone();
+        if let Some(takeover) = takeover {
+            takeover().await?;
+            self.takeover.take();
+        }
+        Ok(())
     }
 
     fn member(&self) -> Option<Rc<dyn Member>> {
@@ -145,6 +180,11 @@ pub(super) struct Seat {
 }
 
 impl Seat {
+    /// Those of its attachment.
+    pub(super) fn sessions(&self) -> Rc<Sessions> {
+        self.sessions.clone()
+    }
+
     /// Where it leaves what it leaves.
     pub(super) fn leavings(&self) -> Rc<Leavings> {
         self.sessions.leavings().clone()

@@ -212,6 +212,22 @@ pub struct AttachmentRecord {
     pub protocol: Protocol,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// The one that takes over from it as soon as its device starts: the VM moves to another process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub successor: Option<AttachmentId>,
+}
+
+impl AttachmentRecord {
+    /// The attachment that takes over from this one, as it will be. Only a successor and an end raise the epoch while there is
+    /// an attachment, and an end takes the successor with it.
+    pub fn succeeded(&self) -> Option<Self> {
+        Some(Self {
+            id: self.successor?,
+            epoch: Epoch(self.epoch.0 + 1),
+            successor: None,
+            ..self.clone()
+        })
+    }
 }
 
 /// What a destruction has reached on one store.

@@ -7,11 +7,15 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::rc::Rc;
 
+use rustix::io::Errno;
+use rustix::net::SocketFlags;
+
 use super::driver::{Done, Driver, Op, SendPart, shutdown};
 use super::{runtime, submit};
 use crate::buf::Buf;
 
-/// A listening socket.
+/// A listening socket. Clones share it.
+#[derive(Clone)]
 pub struct Listener {
     driver: Rc<dyn Driver>,
     socket: Rc<OwnedFd>,
@@ -59,6 +63,33 @@ impl Listener {
         // SAFETY: the driver returns a fresh descriptor that nothing else owns.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         Ok(Stream::new(fd))
+    }
+
+    /// The next connection, of which none is lost when this is dropped before: for a socket that others go on with.
+    ///
+    /// # Errors
+    /// As `accept4(2)`.
+    pub async fn accept_when_ready(&self) -> io::Result<Stream> {
+        loop {
+            let fd = self.socket.clone();
+            // What is wrong with it, the accept tells.
+            let _ = submit(&self.driver, Op::Readable { fd }).await;
+            match rustix::net::accept_with(&self.socket, SocketFlags::CLOEXEC) {
+                Ok(connection) => return Ok(Stream::new(connection)),
+                Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    /// The socket, unless it [is shared](Self::is_shared).
+    pub fn into_socket(self) -> Option<OwnedFd> {
+        Rc::into_inner(self.socket)
+    }
+
+    /// Whether somebody else has it, an operation under way for example.
+    pub fn is_shared(&self) -> bool {
+        Rc::strong_count(&self.socket) > 1
     }
 
     /// Makes pending and later accepts fail.

@@ -9,11 +9,14 @@
 //! | `wire` | messages and descriptors over the socket |
 //! | `memory` | the guest's memory, a memfd |
 //! | `queue` | the driver's side of a split virtqueue |
+//! | `load` | a driver under load that knows what its volume has to hold |
 
+mod load;
 mod memory;
 mod queue;
 mod wire;
 
+pub use load::Load;
 pub use memory::{GUEST, Memory, USER};
 pub use queue::{INDIRECT, NEXT, Part, Queue, Used, WRITE, new_eventfd};
 pub use wire::*;
@@ -378,6 +381,16 @@ impl FrontEnd {
         payload.extend(vec![0; len as usize]);
         let reply = self.wire.ask(GET_CONFIG, &payload, &[])?.payload;
         Ok(reply.get(12..).unwrap_or_default().to_vec())
+    }
+
+    /// Whether the back-end lets this be written to the configuration space.
+    pub fn sets_config(&self, offset: u32, bytes: &[u8]) -> bool {
+        let mut payload = Vec::new();
+        for word in [offset, bytes.len() as u32, 0] {
+            payload.extend(word.to_le_bytes());
+        }
+        payload.extend(bytes);
+        !self.wire.refuses(SET_CONFIG, &payload, &[])
     }
 
     /// Size of the device.

@@ -14,13 +14,13 @@ use std::ptr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
-use libvol::limits::{VHOST_MAPPINGS_MAX, VHOST_REQUEST_BYTES_MAX};
+use libvol::limits::{VHOST_MAPPINGS_MAX, VHOST_PIECE_BYTES_MAX};
 
 use super::BadMemory;
 
 /// What is replaced at once, from the page that is gone on, if that is not larger: as much as a request brings, so as much as
 /// one access can still touch.
-const REPLACED_BYTES: usize = VHOST_REQUEST_BYTES_MAX as usize;
+const REPLACED_BYTES: usize = VHOST_PIECE_BYTES_MAX as usize;
 
 /// A place in the table. Its turn only grows: free, claimed, live, claimed, free, ...
 pub(super) struct Slot {

@@ -6,6 +6,7 @@ mod leaving;
 mod messages;
 mod requests;
 
+use std::cell::Cell;
 use std::future::Future;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
@@ -61,14 +62,16 @@ struct Attachment {
     device: Rc<Memory>,
     sessions: Rc<Sessions>,
     read_only: bool,
+    writeback: Rc<Cell<bool>>,
 }
 
 impl Attachment {
     fn new() -> Self {
         Self {
             device: Memory::new(SIZE),
-            sessions: Sessions::new(),
+            sessions: Sessions::new(None),
             read_only: false,
+            writeback: Rc::new(Cell::new(true)),
         }
     }
 
@@ -79,6 +82,7 @@ impl Attachment {
             name: "acme/web".into(),
             serial: *b"0123456789abcdefghij",
             read_only: self.read_only,
+            writeback: self.writeback.clone(),
             volume: self.device.clone(),
             broken: Rc::default(),
         };

@@ -1,0 +1,219 @@
+//! A VM moves: a second attachment of its volume takes over from the first when its device starts. The first has written all it
+//! ever will by then (I3), and nothing acknowledged to it is missing (I1).
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use vold_tests::content::bytes;
+use vold_tests::vhost::*;
+use vold_tests::vold::STORE;
+use vold_tests::{Vold, scale};
+
+const INCOMING: &str = "attach acme/vol --vm vm1 --via vhost-user --incoming";
+
+fn incoming(vold: &Vold) -> (Value, PathBuf) {
+    let attachment = vold.ctl(INCOMING);
+    let socket = attachment["socket"].as_str().unwrap().into();
+    (attachment, socket)
+}
+
+/// The target has described its device and starts it while the source is at work.
+fn takes_over(vold: &Vold, source: &mut Load, socket: &Path) -> FrontEnd {
+    let mut target = FrontEnd::greeted(socket, Load::shape());
+    assert!(
+        target.capacity() > 0,
+        "a device can be described before it starts"
+    );
+    source.run(200);
+    source.push();
+    target.start().expect("the device starts");
+    source.front_end.wire.ends();
+    source.take();
+    let attachments = vold.ctl("attachment list");
+    let attachments = attachments.as_array().unwrap();
+    assert_eq!(attachments.len(), 1, "{attachments:?}");
+    assert_eq!(attachments[0]["socket"].as_str(), socket.to_str());
+    target
+}
+
+/// All blocks, each of which the source may have left so.
+fn all_that_was_left(source: &Load, target: &mut FrontEnd) -> Vec<Vec<u8>> {
+    let block = |block: u64| {
+        let data = target.read(block * Load::BLOCK as u64, Load::BLOCK).unwrap();
+        assert!(source.may_hold(block, &data), "block {block}");
+        data
+    };
+    (0..Load::BLOCKS).map(block).collect()
+}
+
+#[test]
+fn the_first_is_fenced_before_the_second_device_starts() {
+    let mut vold = Vold::start();
+    let mut socket = vold.with_vhost_volume(2, STORE, "8M");
+    for round in 0..scale(3, 20) {
+        let mut source = Load::start(&socket, "takeover");
+        // (Every round begins with what the rounds before have left.)
+        let zeros = vec![0; 64 << 10];
+        for at in (0..Load::BLOCKS * Load::BLOCK as u64).step_by(zeros.len()) {
+            source.front_end.write(at, &zeros).unwrap();
+        }
+        source.run(300);
+        let before = vold.ctl("attachment list")[0].clone();
+        let (attachment, next) = incoming(&vold);
+        assert_eq!(
+            attachment["epoch"].as_u64(),
+            before["epoch"].as_u64().map(|epoch| epoch + 1)
+        );
+        assert_eq!(attachment["incoming"], true);
+        assert_eq!(vold.ctl(INCOMING)["socket"], attachment["socket"], "asked again");
+        assert_eq!(vold.ctl("attachment list").as_array().map(Vec::len), Some(2));
+
+        let mut target = takes_over(&vold, &mut source, &next);
+        assert!(!socket.exists(), "the first socket is gone");
+        let left = all_that_was_left(&source, &mut target);
+        // The source goes on in its own memory, and that is all it does.
+        source.push();
+        source.front_end.queues[0].kick();
+        source.front_end.queues[1].kick();
+        let new = bytes(round as u64, Load::BLOCK);
+        target.write(0, &new).unwrap();
+        for (block, data) in left.iter().enumerate().skip(1) {
+            let now = target.read((block * Load::BLOCK) as u64, Load::BLOCK).unwrap();
+            assert!(now == *data, "block {block} changed after the takeover");
+        }
+        assert!(target.read(0, Load::BLOCK).unwrap() == new);
+        assert_eq!(source.take(), 0, "the first answers nothing any more");
+        socket = next;
+    }
+    vold.stop();
+    vold.check_is_clean();
+}
+
+#[test]
+fn both_attachments_outlive_the_daemon_until_one_has_taken_over() {
+    let mut vold = Vold::start();
+    let first = vold.with_vhost_volume(2, STORE, "8M");
+    let mut source = Load::start(&first, "killed before");
+    source.run(200);
+    let (_, second) = incoming(&vold);
+    for kill in [true, false] {
+        source.push();
+        if kill {
+            vold.kill();
+        } else {
+            vold.stop();
+        }
+        source.take();
+        vold.restart();
+        source.front_end.reconnect(&first);
+        source.drain();
+        source.run(100);
+    }
+    let mut target = takes_over(&vold, &mut source, &second);
+    all_that_was_left(&source, &mut target);
+    // And the one that has, outlives it alone.
+    vold.kill();
+    vold.restart();
+    target.reconnect(&second);
+    all_that_was_left(&source, &mut target);
+    assert!(!first.exists());
+    assert_eq!(vold.ctl("attachment list").as_array().map(Vec::len), Some(1));
+}
+
+#[test]
+fn a_move_that_is_called_off_changes_nothing() {
+    let vold = Vold::start();
+    let first = vold.with_vhost_volume(1, STORE, "8M");
+    let mut source = Load::start(&first, "called off");
+    let (attachment, second) = incoming(&vold);
+    let target = FrontEnd::greeted(&second, Load::shape());
+    vold.ctl("detach acme/vol --vm vm1 --incoming");
+    target.wire.ends();
+    assert!(!second.exists());
+    source.run(200);
+    source.drain();
+    let refusal = vold.refused("detach acme/vol --vm vm1 --incoming");
+    assert_eq!(refusal.code, "not_found", "{refusal:?}");
+    // Another may take its place, and a detach takes both.
+    let (again, third) = incoming(&vold);
+    assert_ne!(again["attachment_id"], attachment["attachment_id"]);
+    let target = FrontEnd::greeted(&third, Load::shape());
+    vold.ctl("detach acme/vol --vm vm1");
+    target.wire.ends();
+    source.front_end.wire.ends();
+    assert_eq!(vold.ctl("attachment list").as_array().map(Vec::len), Some(0));
+}
+
+/// The device waits for the volume while the operator has its lock; neither waits for the other for good.
+#[test]
+fn a_detach_and_a_starting_device_do_not_wait_for_each_other() {
+    let vold = Vold::start();
+    vold.with_detached_volume(1, STORE, "8M");
+    for _ in 0..scale(10, 100) {
+        let first = vold.attach_vhost("acme/vol", "vm1");
+        let source = FrontEnd::connect(&first);
+        let (_, second) = incoming(&vold);
+        let mut target = FrontEnd::greeted(&second, Shape::default());
+        let starting = std::thread::spawn(move || {
+            // It may come too late.
+            let _ = target.start();
+            target
+        });
+        vold.ctl("detach acme/vol --vm vm1");
+        starting.join().unwrap().wire.ends();
+        source.wire.ends();
+    }
+}
+
+#[test]
+fn only_the_vm_that_has_the_volume_gets_a_second_attachment_and_only_where_it_is_needed() {
+    let vold = Vold::start();
+    vold.with_detached_volume(1, STORE, "8M");
+    let refusal = vold.refused(INCOMING);
+    assert!(
+        refusal.code == "not_found" && refusal.message.contains("nothing to take over"),
+        "{refusal:?}"
+    );
+    vold.ctl("vm create vm2 --customer acme");
+    vold.ctl("customer create globex");
+    vold.ctl("vm create spy --customer globex");
+    vold.attach_vhost("acme/vol", "vm1");
+    for (words, kind) in [
+        ("attach acme/vol --vm vm2 --via vhost-user --incoming", "busy"),
+        ("attach acme/vol --vm spy --via vhost-user --incoming", "refused"),
+        (
+            "attach acme/vol --vm vm1 --via vhost-user --incoming --read-only",
+            "busy",
+        ),
+        ("attach acme/vol --vm vm1 --incoming", "busy"),
+    ] {
+        let refusal = vold.refused(words);
+        assert_eq!(refusal.code, kind, "{words}: {refusal:?}");
+    }
+    vold.ctl("detach acme/vol --vm vm1");
+    vold.attach("acme/vol", "vm1");
+    let refusal = vold.refused("attach acme/vol --vm vm1 --incoming");
+    assert!(
+        refusal.code == "invalid" && refusal.message.contains("via nbd"),
+        "{refusal:?}"
+    );
+}
+
+/// What the guest has set, its front-end does not tell the next one.
+#[test]
+fn a_guest_that_writes_through_does_so_after_the_move() {
+    const WRITEBACK_AT: u32 = 32;
+    let vold = Vold::start();
+    let first = vold.with_vhost_volume(1, STORE, "8M");
+    let shape = Shape {
+        features: Shape::default().features | F_CONFIG_WCE,
+        ..Shape::default()
+    };
+    let source = FrontEnd::connect_as(&first, shape);
+    assert_eq!(source.config(WRITEBACK_AT, 1).unwrap(), [1]);
+    let (_, second) = incoming(&vold);
+    let mut target = FrontEnd::greeted(&second, shape);
+    assert!(source.sets_config(WRITEBACK_AT, &[0]));
+    target.start().unwrap();
+    assert_eq!(target.config(WRITEBACK_AT, 1).unwrap(), [0]);
+}
