@@ -9,6 +9,7 @@ mod config;
 mod data_dir;
 mod depth;
 mod device;
+mod leavings;
 mod nbd;
 mod operations;
 mod passed;

@@ -2,8 +2,9 @@
 //! after the volume (`FileDescriptorName=CUSTOMER/NAME`, `LISTEN_FDNAMES`) to whose attachment it leads.
 //!
 //! A passed Unix socket is one more way to the volume's attachment, beside the attachment's own socket, and outlives both
-//! attachment and daemon: who connects while there is neither waits. Its owner and mode are whoever's who made it; who is let in
-//! is decided as everywhere, by the peer's uid (I2).
+//! attachment and daemon: who connects while there is no daemon waits. Who waits when a volume is attached anew is turned away,
+//! and after a move (`attach --incoming`) the socket leads nowhere until then: it may be whoever had the volume before. Owner and
+//! mode are whoever's who made it; who is let in is decided as everywhere, by the peer's uid (I2).
 
 use std::collections::HashMap;
 use std::net::TcpListener;
@@ -12,8 +13,8 @@ use std::os::unix::net::UnixListener;
 
 use libvol::ids::VolumePath;
 use libvol::{Error, Kind, Result};
-use rustix::net::AddressFamily;
-use rustix::net::sockopt::{socket_acceptconn, socket_domain};
+use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
+use rustix::net::{AddressFamily, SocketType};
 
 /// Unix sockets by volume.
 #[derive(Default)]
@@ -27,6 +28,18 @@ impl PassedDoors {
     pub(crate) fn of(&self, volume: &VolumePath) -> Result<Option<UnixListener>> {
         let listener = self.0.get(volume).map(UnixListener::try_clone).transpose();
         listener.map_err(|e| Error::with_source(Kind::Io, format!("the passed socket of volume {volume}"), e))
+    }
+
+    /// Closes the connections that wait at a volume's socket, on a thread of its own: they may hold anything.
+    pub(crate) fn turn_away_waiting(&self, volume: &VolumePath) {
+        let Some(listener) = self.0.get(volume) else {
+            return;
+        };
+        let waiting: Vec<_> = std::iter::from_fn(|| listener.accept().ok()).collect();
+        if !waiting.is_empty() {
+            tracing::info!(%volume, "{} connections from before the attachment are turned away", waiting.len());
+            std::thread::spawn(move || drop(waiting));
+        }
     }
 }
 
@@ -49,8 +62,9 @@ fn sorted(passed: impl Iterator<Item = (OwnedFd, String)>) -> Result<(Vec<TcpLis
                 "socket {index} of the service manager, named {name:?}: {what}"
             ))
         };
-        if !socket_acceptconn(&socket).unwrap_or(false) {
-            return Err(invalid("it is no listening socket"));
+        let is_stream = socket_type(&socket) == Ok(SocketType::STREAM);
+        if !is_stream || !socket_acceptconn(&socket).unwrap_or(false) {
+            return Err(invalid("it is no listening stream socket"));
         }
         match socket_domain(&socket) {
             Ok(AddressFamily::INET | AddressFamily::INET6) => tcp.push(TcpListener::from(socket)),
@@ -65,6 +79,9 @@ fn sorted(passed: impl Iterator<Item = (OwnedFd, String)>) -> Result<(Vec<TcpLis
                 let volume: VolumePath = name.parse().map_err(|_| {
                     invalid("a Unix socket is named after the volume it leads to: FileDescriptorName=CUSTOMER/NAME")
                 })?;
+                if let Err(e) = listener.set_nonblocking(true) {
+                    return Err(invalid(&e.to_string()));
+                }
                 if doors.insert(volume, listener).is_some() {
                     return Err(invalid("another one leads to the same volume"));
                 }
@@ -119,8 +136,8 @@ mod tests {
             "{text}"
         );
         let (connected, _other) = UnixStream::pair().unwrap();
-        assert!(refusal(connected, "acme/web").contains("no listening socket"));
-        assert!(refusal(UnixDatagram::unbound().unwrap(), "acme/web").contains("no listening socket"));
+        assert!(refusal(connected, "acme/web").contains("no listening stream"));
+        assert!(refusal(UnixDatagram::unbound().unwrap(), "acme/web").contains("no listening stream"));
         let name = format!("vold-test-{}", std::process::id());
         let address = SocketAddr::from_abstract_name(name).unwrap();
         let text = refusal(UnixListener::bind_addr(&address).unwrap(), "acme/web");

@@ -356,7 +356,7 @@ pub struct Attach {
     #[serde(default)]
     pub read_only: bool,
     /// For the QEMU that the running VM migrates to: a second attachment, that takes over when its device starts.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub incoming: bool,
 }
 
@@ -369,7 +369,7 @@ pub struct Detach {
     /// From which VM.
     pub vm: Name,
     /// Only the attachment that was to take over: the VM stays where it is.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub incoming: bool,
 }
 

@@ -101,7 +101,7 @@ fn a_guest_under_load_moves_to_another_qemu_over_vhost_user() {
         another_round(&mut source);
         migrate(&mut source, &mut target, &vold.path("move"));
         another_round(&mut target);
-        let attachments = vold.ctl("attachment list");
+        let attachments = vold.ctl("attachment list")["items"].clone();
         assert_eq!(attachments[0]["attachment_id"], next["attachment_id"]);
         assert_eq!(attachments.as_array().map(Vec::len), Some(1), "{attachments}");
         assert!(next["epoch"].as_u64() > attached["epoch"].as_u64(), "{next}");

@@ -1,7 +1,8 @@
 //! A service manager passes listening sockets (LISTEN_FDS): each leads to the attachment of the volume that it is named after, beside
 //! the attachment's own socket, and outlives attachments and daemons.
 
-use std::os::fd::OwnedFd;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -84,30 +85,38 @@ fn a_device_comes_back_over_a_passed_socket_that_waits_where_no_daemon_is() {
     }
     // The attachment's own socket leads there as well.
     load.drain();
+    load.front_end.hang_up();
     load.front_end.reconnect(&own);
     load.run(100);
 
-    // While there is no attachment a connection waits, and the next attachment serves it.
+    // Who waits when the volume is attached anew is turned away: it may be whoever had it before.
     vold.ctl("detach acme/vol --vm vm1");
     load.front_end.wire.ends();
     load.take();
-    std::thread::scope(|scope| {
-        scope.spawn(|| vold.attach_vhost("acme/vol", "vm1"));
-        load.front_end.reconnect(&passed.path);
-    });
+    let early = Wire::connect(&passed.path).unwrap();
+    vold.attach_vhost("acme/vol", "vm1");
+    early.ends();
+    load.front_end.reconnect(&passed.path);
     load.drain();
     load.run(100);
     load.drain();
 
-    // Where another attachment takes over, the socket leads to that.
+    // Where another attachment takes over, the socket leads nowhere: it is the source that goes there.
     let incoming = vold.ctl("attach acme/vol --vm vm1 --via vhost-user --incoming");
     let second = Path::new(incoming["socket"].as_str().unwrap());
     let mut target = FrontEnd::connect(second);
     load.front_end.wire.ends();
     let block = bytes(1, Load::BLOCK);
     target.write(0, &block).unwrap();
-    target.reconnect(&passed.path);
+    let source = Wire::connect(&passed.path).unwrap();
+    vold.kill();
+    vold.restart_with(passed.serve(&vold, "acme/vol"));
+    target.reconnect(second);
     assert!(target.read(0, Load::BLOCK).unwrap() == block);
+    assert!(!source.has_ended(), "it waits");
+    vold.ctl("detach acme/vol --vm vm1");
+    vold.attach_vhost("acme/vol", "vm1");
+    source.ends();
     assert!(passed.path.exists());
     vold.stop();
     vold.check_is_clean();
@@ -130,10 +139,19 @@ fn over_nbd_a_passed_socket_lets_in_the_vms_user_and_nobody_else() {
     assert!(client.read(4096, 4096).unwrap() == bytes(7, 4096));
     let mut stranger = tool("setpriv");
     stranger
-        .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--", "python3", "-c"])
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--", "/usr/bin/python3", "-c"])
         .arg("import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(len(s.recv(1)))")
         .arg(&passed.path);
     assert_eq!(succeed(&mut stranger).trim(), "0", "a stranger is told nothing");
+    // Descriptors that were passed when they were still taken, by whoever connected before there was a daemon.
+    vold.stop();
+    let early = Wire::connect(&passed.path).unwrap();
+    let descriptor = File::open("/dev/null").unwrap();
+    early.send(1, &[0; 8], &[descriptor.as_fd()]).unwrap();
+    vold.restart_with(passed.serve(&vold, "acme/vol"));
+    early.ends();
+    let mut client = Client::connect(&uri);
+    assert!(client.read(4096, 4096).unwrap() == bytes(7, 4096));
     vold.stop();
 }
 

@@ -138,14 +138,7 @@ fn a_driver_whose_connection_was_cut_comes_back_and_loses_nothing() {
     for _ in 0..scale(10, 100) {
         load.run(100);
         load.push();
-        // (reconnect drops the old connection after it has the new one, which is not served before that.)
-        let stream = std::os::unix::net::UnixStream::from(
-            std::os::fd::AsFd::as_fd(&load.front_end.wire)
-                .try_clone_to_owned()
-                .unwrap(),
-        );
-        stream.shutdown(std::net::Shutdown::Both).unwrap();
-        drop(stream);
+        load.front_end.hang_up();
         load.front_end.reconnect(&socket);
         load.drain();
     }

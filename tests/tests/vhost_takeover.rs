@@ -1,8 +1,14 @@
 //! A VM moves: a second attachment of its volume takes over from the first when its device starts. The first has written all it
 //! ever will by then (I3), and nothing acknowledged to it is missing (I1).
 
+use std::cell::RefCell;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use rustix::net::sockopt::set_socket_linger;
 use serde_json::Value;
 use vold_tests::content::bytes;
 use vold_tests::vhost::*;
@@ -10,6 +16,10 @@ use vold_tests::vold::STORE;
 use vold_tests::{Vold, scale};
 
 const INCOMING: &str = "attach acme/vol --vm vm1 --via vhost-user --incoming";
+
+fn attachments(vold: &Vold) -> Vec<Value> {
+    vold.ctl("attachment list")["items"].as_array().unwrap().clone()
+}
 
 fn incoming(vold: &Vold) -> (Value, PathBuf) {
     let attachment = vold.ctl(INCOMING);
@@ -29,8 +39,7 @@ fn takes_over(vold: &Vold, source: &mut Load, socket: &Path) -> FrontEnd {
     target.start().expect("the device starts");
     source.front_end.wire.ends();
     source.take();
-    let attachments = vold.ctl("attachment list");
-    let attachments = attachments.as_array().unwrap();
+    let attachments = attachments(vold);
     assert_eq!(attachments.len(), 1, "{attachments:?}");
     assert_eq!(attachments[0]["socket"].as_str(), socket.to_str());
     target
@@ -58,7 +67,7 @@ fn the_first_is_fenced_before_the_second_device_starts() {
             source.front_end.write(at, &zeros).unwrap();
         }
         source.run(300);
-        let before = vold.ctl("attachment list")[0].clone();
+        let before = attachments(&vold)[0].clone();
         let (attachment, next) = incoming(&vold);
         assert_eq!(
             attachment["epoch"].as_u64(),
@@ -66,7 +75,7 @@ fn the_first_is_fenced_before_the_second_device_starts() {
         );
         assert_eq!(attachment["incoming"], true);
         assert_eq!(vold.ctl(INCOMING)["socket"], attachment["socket"], "asked again");
-        assert_eq!(vold.ctl("attachment list").as_array().map(Vec::len), Some(2));
+        assert_eq!(attachments(&vold).len(), 2);
 
         let mut target = takes_over(&vold, &mut source, &next);
         assert!(!socket.exists(), "the first socket is gone");
@@ -117,7 +126,7 @@ fn both_attachments_outlive_the_daemon_until_one_has_taken_over() {
     target.reconnect(&second);
     all_that_was_left(&source, &mut target);
     assert!(!first.exists());
-    assert_eq!(vold.ctl("attachment list").as_array().map(Vec::len), Some(1));
+    assert_eq!(attachments(&vold).len(), 1);
 }
 
 #[test]
@@ -141,7 +150,7 @@ fn a_move_that_is_called_off_changes_nothing() {
     vold.ctl("detach acme/vol --vm vm1");
     target.wire.ends();
     source.front_end.wire.ends();
-    assert_eq!(vold.ctl("attachment list").as_array().map(Vec::len), Some(0));
+    assert!(attachments(&vold).is_empty());
 }
 
 /// The device waits for the volume while the operator has its lock; neither waits for the other for good.
@@ -199,21 +208,104 @@ fn only_the_vm_that_has_the_volume_gets_a_second_attachment_and_only_where_it_is
     );
 }
 
-/// What the guest has set, its front-end does not tell the next one.
-#[test]
-fn a_guest_that_writes_through_does_so_after_the_move() {
-    const WRITEBACK_AT: u32 = 32;
-    let vold = Vold::start();
-    let first = vold.with_vhost_volume(1, STORE, "8M");
-    let shape = Shape {
+/// Where the cache's mode is in the configuration (VIRTIO 1.2, 5.2.4).
+const WRITEBACK_AT: u32 = 32;
+
+fn with_cache_mode() -> Shape {
+    Shape {
         features: Shape::default().features | F_CONFIG_WCE,
         ..Shape::default()
-    };
-    let source = FrontEnd::connect_as(&first, shape);
+    }
+}
+
+/// What the guest has set, its front-end does not tell the next one; and who has not taken over yet has no say in it.
+#[test]
+fn a_guest_that_writes_through_does_so_after_the_move() {
+    let vold = Vold::start();
+    let first = vold.with_vhost_volume(1, STORE, "8M");
+    let source = FrontEnd::connect_as(&first, with_cache_mode());
     assert_eq!(source.config(WRITEBACK_AT, 1).unwrap(), [1]);
     let (_, second) = incoming(&vold);
-    let mut target = FrontEnd::greeted(&second, shape);
+    let mut target = FrontEnd::greeted(&second, with_cache_mode());
+    assert!(!target.sets_config(WRITEBACK_AT, &[0]));
+    assert_eq!(source.config(WRITEBACK_AT, 1).unwrap(), [1]);
     assert!(source.sets_config(WRITEBACK_AT, &[0]));
+    assert!(!target.sets_config(WRITEBACK_AT, &[1]));
     target.start().unwrap();
     assert_eq!(target.config(WRITEBACK_AT, 1).unwrap(), [0]);
+    assert!(target.sets_config(WRITEBACK_AT, &[1]));
+    assert_eq!(target.config(WRITEBACK_AT, 1).unwrap(), [1]);
+}
+
+/// The daemon that knew is gone, and the source does not come back to tell the next one.
+#[test]
+fn where_nobody_knows_what_the_guest_has_set_it_writes_through() {
+    let mut vold = Vold::start();
+    let first = vold.with_vhost_volume(1, STORE, "8M");
+    let source = FrontEnd::connect_as(&first, with_cache_mode());
+    assert!(source.sets_config(WRITEBACK_AT, &[0]));
+    let (_, second) = incoming(&vold);
+    let mut target = FrontEnd::greeted(&second, with_cache_mode());
+    vold.kill();
+    drop(source);
+    vold.restart();
+    target.reconnect(&second);
+    assert_eq!(target.config(WRITEBACK_AT, 1).unwrap(), [0]);
+    // And so it stays for the next daemon.
+    vold.kill();
+    vold.restart();
+    target.reconnect(&second);
+    assert_eq!(target.config(WRITEBACK_AT, 1).unwrap(), [0]);
+}
+
+/// Descriptors whose close takes long are closed by the attachment's own thread; what it still has to do holds up nobody.
+#[test]
+fn front_ends_that_leave_what_is_never_closed_are_fenced_all_the_same() {
+    let vold = Vold::start();
+    let first = vold.with_vhost_volume(1, STORE, "8M");
+    let source = FrontEnd::connect(&first);
+    let (_, second) = incoming(&vold);
+    let mut target = FrontEnd::greeted(&second, Shape::default());
+    // The close of each waits for what its peer does not take.
+    let lingering = Lingering::new();
+    for _ in 0..300 {
+        let socket = lingering.socket();
+        let sent = source
+            .wire
+            .send(SET_VRING_ERR, &0_u64.to_le_bytes(), &[socket.as_fd()]);
+        if sent.is_err() {
+            break;
+        }
+    }
+    target.start().expect("the device starts");
+    source.wire.ends();
+    let block = bytes(3, 4096);
+    target.write(0, &block).unwrap();
+    assert!(target.read(0, 4096).unwrap() == block);
+    vold.ctl("detach acme/vol --vm vm1");
+    target.wire.ends();
+}
+
+/// TCP sockets whose closing takes minutes: there is something in them that nobody receives.
+struct Lingering {
+    listener: TcpListener,
+    peers: RefCell<Vec<TcpStream>>,
+}
+
+impl Lingering {
+    fn new() -> Self {
+        Self {
+            listener: TcpListener::bind("127.0.0.1:0").unwrap(),
+            peers: RefCell::default(),
+        }
+    }
+
+    fn socket(&self) -> TcpStream {
+        let mut socket = TcpStream::connect(self.listener.local_addr().unwrap()).unwrap();
+        self.peers.borrow_mut().push(self.listener.accept().unwrap().0);
+        set_socket_linger(&socket, Some(Duration::from_secs(300))).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        while socket.write(&[0; 65536]).is_ok() {}
+        socket
+    }
 }

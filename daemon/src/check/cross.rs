@@ -308,6 +308,7 @@ mod tests {
         };
         let attachment = AttachmentRecord {
             successor: None,
+            moved: false,
             id: AttachmentId::random(),
             volume: volume.id,
             vm: vm.id,

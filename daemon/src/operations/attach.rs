@@ -8,7 +8,6 @@
 //! Detach: record gone and the next epoch durable → no new session → sessions ended and their requests out of flight
 //! (I3) → volume closed → socket removed → answered. A crash after the record: there is no door at the next start.
 
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -24,6 +23,7 @@ use libvol::{Error, Kind, Result};
 use super::volume::{check_ready, holder};
 use super::{Operations, vm_named, volume_named};
 use crate::data_dir::{check_own, make_dir};
+use crate::leavings::pass_descriptors;
 use crate::process::{own_uid, path_error};
 use crate::shard::{AskTakeover, DoorSpec, Gate};
 
@@ -111,6 +111,7 @@ impl Operations {
                 protocol: request.via,
                 read_only: request.read_only,
                 successor: None,
+                moved: false,
             };
             // The VM may have been removed since it was looked up; its record is part of this transaction's view.
             if tx.get::<VmRecord>(vm.id)?.is_none() {
@@ -130,6 +131,8 @@ impl Operations {
                 return Err(e);
             }
         };
+        // Who has come there meanwhile was not this attachment's.
+        self.passed.turn_away_waiting(&volume.path);
         if let Err(e) = self.serve(&volume, &attachment, &vm).await {
             // Nobody was let in: take it back.
             self.unrecord(&volume, &attachment)?;
@@ -140,29 +143,22 @@ impl Operations {
         self.attachment_shown(attachment, volume.path, vm).await
     }
 
-    /// Opens the volume, the attachment's door and its successor's, unless they are open. The volume's lock is held.
+    /// Opens the volume and the attachment's door, unless they are open. The volume's lock is held.
     pub(super) async fn serve(
         &self,
         volume: &VolumeRecord,
         attachment: &AttachmentRecord,
         vm: &VmRecord,
     ) -> Result<()> {
-        let report = self.report(volume.id).await?;
-        let (served, incoming) = report.map_or((false, false), |r| (r.served, r.incoming.is_some()));
-        if !served {
-            self.open_volume(volume).await?;
-            self.open_door(volume, attachment, vm, None).await?;
+        if self.report(volume.id).await?.is_some_and(|report| report.served) {
+            return Ok(());
         }
-        match attachment.succeeded() {
-            Some(successor) if !incoming => {
-                let takeover = self.ask_takeover(&successor);
-                self.open_door(volume, &successor, vm, Some(takeover)).await
-            }
-            _ => Ok(()),
-        }
+        self.open_volume(volume).await?;
+        self.open_door(volume, attachment, vm, None).await
     }
 
-    async fn open_door(
+    /// Opens a door; that of an attachment that is to take over asks for it there.
+    pub(super) async fn open_door(
         &self,
         volume: &VolumeRecord,
         attachment: &AttachmentRecord,
@@ -187,9 +183,10 @@ impl Operations {
             protocol: attachment.protocol,
             read_only: attachment.read_only,
             listener: bind(&socket, vm.uid, attachment.protocol)?,
-            also: match takeover {
-                None => self.passed_door(volume, attachment.protocol)?,
-                Some(_) => None,
+            also: match attachment.moved {
+                false => self.passed.of(&volume.path)?,
+                // The process that it came from may still go there.
+                true => None,
             },
             takeover,
             switchboard: self.shards.switchboard(),
@@ -203,19 +200,6 @@ impl Operations {
             remove_socket(&socket);
         }
         opened
-    }
-
-    /// The passed socket that leads to a volume, as its attachment needs it.
-    pub(super) fn passed_door(
-        &self,
-        volume: &VolumeRecord,
-        protocol: Protocol,
-    ) -> Result<Option<UnixListener>> {
-        let listener = self.passed.of(&volume.path)?;
-        if let Some(listener) = &listener {
-            pass_descriptors(listener, protocol == Protocol::VhostUser);
-        }
-        Ok(listener)
     }
 
     /// Removes the attachment and raises the volume's attachment epoch, durably. Returns the new epoch.
@@ -405,7 +389,9 @@ fn bind(path: &Path, uid: u32, protocol: Protocol) -> Result<UnixListener> {
     }
     remove_socket(path);
     let listener = UnixListener::bind(path).map_err(|e| path_error(path, "the socket cannot be made", e))?;
-    pass_descriptors(&listener, protocol == Protocol::VhostUser);
+    if protocol == Protocol::Nbd {
+        refuse_descriptors(&listener);
+    }
     let given = std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).and_then(|()| {
         if uid == own_uid() {
             return Ok(());
@@ -424,24 +410,11 @@ fn bind(path: &Path, uid: u32, protocol: Protocol) -> Result<UnixListener> {
     Ok(listener)
 }
 
-/// Whether the kernel takes descriptors that peers pass (SO_PASSRIGHTS, Linux 6.16; connections inherit it). NBD knows none, and
-/// letting one go can take as long as its sender likes: a socket's close waits for what it has not sent.
-fn pass_descriptors(listener: &UnixListener, pass: bool) {
-    /// asm-generic/socket.h
-    const SO_PASSRIGHTS: libc::c_int = 83;
-    let pass = libc::c_int::from(pass);
-    // SAFETY: the value is an int of that size, and lives over the call.
-    let set = unsafe {
-        libc::setsockopt(
-            listener.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_PASSRIGHTS,
-            (&raw const pass).cast(),
-            size_of_val(&pass) as libc::socklen_t,
-        )
-    };
+/// NBD knows no descriptors, and letting one go can take as long as its sender likes: a socket's close waits for what it has not
+/// sent. So the kernel is to refuse them.
+fn refuse_descriptors(listener: &UnixListener) {
     static SAID: Once = Once::new();
-    if set != 0 && pass == 0 {
+    if !pass_descriptors(listener, false) {
         SAID.call_once(|| {
             tracing::warn!(
                 "this kernel (before Linux 6.16) cannot refuse descriptors on Unix sockets: a VM's user can hold its shard up by \

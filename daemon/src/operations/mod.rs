@@ -39,6 +39,7 @@ use tokio::task::JoinSet;
 
 use crate::data_dir::DataDir;
 use crate::passed::PassedDoors;
+use crate::seldom::Seldom;
 use crate::shard::{Gate, Report, Shards};
 pub(crate) use audit::Audit;
 use locks::Locks;
@@ -97,6 +98,7 @@ pub(crate) struct Operations {
     passed: PassedDoors,
     /// Attachments that are to take over ask for it here.
     claims: tokio::sync::mpsc::UnboundedSender<takeover::Claim>,
+    not_taken_over: Mutex<Seldom>,
     /// NBD over TCP, if it is served.
     gate: Mutex<Option<Gate>>,
     /// Destructions and recoveries under way.

@@ -67,6 +67,7 @@ impl Operations {
             scrubber: Scrubber::new(settings.scrub),
             resync_bytes_per_second: settings.resync_bytes_per_second,
             claims: claim,
+            not_taken_over: Mutex::default(),
             passed,
             gate: Mutex::default(),
             background: Mutex::new(JoinSet::new()),
@@ -194,6 +195,9 @@ impl Operations {
             Some((attachment, vm)) => {
                 self.customer_of(&vm)?;
                 self.serve(&record, &attachment, &vm).await?;
+                if let Err(e) = self.serve_incoming(&record, &attachment, &vm).await {
+                    tracing::error!(volume = %record.path, vm = %vm.name, "the attachment that is to take over is not served: {e}");
+                }
                 tracing::info!(volume = %record.path, vm = %vm.name, epoch = %attachment.epoch, "served again");
             }
             None if self.is_dirty(&record).await? => {

@@ -6,7 +6,9 @@
 //! requests out of flight (I3) → the second's queues are looked at. A crash before the record: both are as they were; after it:
 //! the first has no door at the next start.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use libvol::catalog::{AttachmentRecord, VmRecord, VolumeRecord};
 use libvol::control::{self, Protocol};
@@ -19,11 +21,30 @@ use super::volume::holder;
 use super::{Operations, volume_named};
 use crate::shard::AskTakeover;
 
+/// What else is under way for the volume may keep a starting device waiting for so long; its QEMU stands still meanwhile, and tries again.
+const LOCK_WAIT: Duration = Duration::from_secs(5);
+
 /// An attachment's device is to start.
 pub(crate) struct Claim {
     volume: VolumeId,
     attachment: AttachmentId,
     answer: oneshot::Sender<Result<()>>,
+    _only: Only,
+}
+
+/// An attachment has one claim at a time.
+struct Only(Arc<AtomicBool>);
+
+impl Only {
+    fn claim(of: &Arc<AtomicBool>) -> Option<Self> {
+        (!of.swap(true, Ordering::AcqRel)).then(|| Self(of.clone()))
+    }
+}
+
+impl Drop for Only {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
 }
 
 impl Operations {
@@ -46,7 +67,8 @@ impl Operations {
             attachment.successor = Some(AttachmentId::random());
             self.change(|tx| tx.update(&attachment))?;
         }
-        if let Err(e) = self.serve(&volume, &attachment, &vm).await {
+        self.serve(&volume, &attachment, &vm).await?;
+        if let Err(e) = self.serve_incoming(&volume, &attachment, &vm).await {
             if is_new {
                 self.without_successor(&mut attachment)?;
             }
@@ -72,8 +94,8 @@ impl Operations {
                 volume.path
             )));
         };
-        remove_socket(&self.socket(successor.id));
         self.without_successor(&mut attachment)?;
+        remove_socket(&self.socket(successor.id));
         let (id, epoch) = (volume.id, attachment.epoch);
         self.shards
             .of_volume(id)
@@ -84,6 +106,23 @@ impl Operations {
             .await?;
         tracing::info!(volume = %volume.path, vm = %vm.name, "no other attachment is to take over any more");
         Ok(())
+    }
+
+    /// Opens the door of the attachment that is to take over, if there is one and it is not open. The volume's lock is held.
+    pub(super) async fn serve_incoming(
+        &self,
+        volume: &VolumeRecord,
+        attachment: &AttachmentRecord,
+        vm: &VmRecord,
+    ) -> Result<()> {
+        let report = self.report(volume.id).await?;
+        match attachment.succeeded() {
+            Some(successor) if report.is_none_or(|report| report.incoming.is_none()) => {
+                let takeover = self.ask_takeover(&successor);
+                self.open_door(volume, &successor, vm, Some(takeover)).await
+            }
+            _ => Ok(()),
+        }
     }
 
     fn without_successor(&self, attachment: &mut AttachmentRecord) -> Result<()> {
@@ -107,16 +146,25 @@ impl Operations {
     }
 
     /// How its door asks for the volume.
-    pub(super) fn ask_takeover(&self, successor: &AttachmentRecord) -> AskTakeover {
+    fn ask_takeover(&self, successor: &AttachmentRecord) -> AskTakeover {
         let (claims, volume, attachment) = (self.claims.clone(), successor.volume, successor.id);
+        let claimed = Arc::default();
         Arc::new(move || {
             let (answer, answered) = oneshot::channel();
-            // Where nobody receives any more, nobody answers.
-            let _ = claims.send(Claim {
-                volume,
-                attachment,
-                answer,
-            });
+            match Only::claim(&claimed) {
+                None => {
+                    let _ = answer.send(Err(Error::busy("an earlier front-end's attempt is under way")));
+                }
+                // Where nobody receives any more, nobody answers.
+                Some(only) => {
+                    let _ = claims.send(Claim {
+                        volume,
+                        attachment,
+                        answer,
+                        _only: only,
+                    });
+                }
+            }
             answered
         })
     }
@@ -128,9 +176,12 @@ impl Operations {
             while let Some(claim) = claims.recv().await {
                 let taking = operations.clone();
                 operations.in_background(async move {
-                    let taken = taking.take_over(claim.volume, claim.attachment).await;
+                    let taken = taking.take_over(&claim).await;
                     if let Err(e) = &taken {
-                        tracing::warn!(volume = %claim.volume, "an attachment does not take over: {e}");
+                        let said = taking.not_taken_over.lock();
+                        said.unwrap_or_else(PoisonError::into_inner).say(|times| {
+                            tracing::warn!(volume = %claim.volume, times, "an attachment does not take over: {e}");
+                        });
                     }
                     // The front-end may have gone meanwhile.
                     let _ = claim.answer.send(taken);
@@ -139,8 +190,13 @@ impl Operations {
         });
     }
 
-    async fn take_over(&self, id: VolumeId, attachment: AttachmentId) -> Result<()> {
-        let _lock = self.volume_locks.lock(id).await;
+    async fn take_over(&self, claim: &Claim) -> Result<()> {
+        let (id, attachment) = (claim.volume, claim.attachment);
+        let lock = tokio::time::timeout(LOCK_WAIT, self.volume_locks.lock(id)).await;
+        let _lock = lock.map_err(|_| Error::busy("something else is under way for the volume"))?;
+        if claim.answer.is_closed() {
+            return Err(Error::unavailable("its front-end has gone"));
+        }
         let held = self.look(|view| {
             let volume = view.get::<VolumeRecord>(id)?;
             Ok(volume.zip(holder(view, id)?))
@@ -148,31 +204,32 @@ impl Operations {
         let Some((volume, (current, vm))) = held else {
             return Err(Error::not_found("it was detached meanwhile"));
         };
-        if current.id == attachment {
-            return Ok(());
-        }
         let next = match current.succeeded() {
-            Some(next) if next.id == attachment => next,
+            // It has, as far as the record goes.
+            _ if current.id == attachment => current,
+            Some(next) if next.id == attachment => {
+                self.change(|tx| {
+                    let mut volume = volume_named(tx, &volume.path)?;
+                    volume.attachment_epoch = next.epoch;
+                    tx.update(&volume)?;
+                    tx.remove::<AttachmentRecord>(current.id)?;
+                    tx.insert(&next)
+                })?;
+                remove_socket(&self.socket(current.id));
+                next
+            }
             _ => return Err(Error::not_found("it was called off meanwhile")),
         };
-        self.change(|tx| {
-            let mut volume = volume_named(tx, &volume.path)?;
-            volume.attachment_epoch = next.epoch;
-            tx.update(&volume)?;
-            tx.remove::<AttachmentRecord>(current.id)?;
-            tx.insert(&next)
-        })?;
-        remove_socket(&self.socket(current.id));
-        let also = self.passed_door(&volume, next.protocol)?;
+        let epoch = next.epoch;
         self.shards
             .of_volume(id)
-            .call(move |registry| async move { registry.take_over(id, also).await })
+            .call(move |registry| async move { registry.take_over(id, epoch).await })
             .await?;
-        tracing::info!(volume = %volume.path, vm = %vm.name, epoch = %next.epoch, "taken over by the VM's other attachment");
+        tracing::info!(volume = %volume.path, vm = %vm.name, %epoch, "taken over by the VM's other attachment");
         self.audit.did(
             "volume.taken_over",
-            &volume.path.to_string(),
-            format!("VM {}, epoch {}", vm.name, next.epoch),
+            volume.path.to_string(),
+            format!("VM {}, epoch {epoch}", vm.name),
         );
         Ok(())
     }

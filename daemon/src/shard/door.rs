@@ -18,9 +18,11 @@ use libvol::runtime::{Task, sleep, spawn};
 use libvol::tenant::{self, AttachmentFacts, Peer};
 use libvol::volume::Volume;
 use libvol::{Error, Kind, Result};
+use rustix::io::ioctl_fionread;
 use tokio::sync::oneshot;
 
 use super::switchboard::{Guest, Switchboard};
+use crate::leavings::{Leavings, pass_descriptors};
 use crate::nbd::{self, Export, Exports, Lookup};
 use crate::seldom::Seldom;
 use crate::vhost;
@@ -46,6 +48,15 @@ pub(crate) enum Manner {
 
 /// Asks the control plane to let this attachment take the volume over; the answer comes when nothing of the other is in flight.
 pub(crate) type AskTakeover = Arc<dyn Fn() -> oneshot::Receiver<Result<()>> + Send + Sync>;
+
+/// Whose a listening socket is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Whose {
+    /// The attachment's.
+    Own,
+    /// Somebody else's, from before.
+    Passed,
+}
 
 /// What a door is made of.
 pub(crate) struct DoorSpec {
@@ -78,7 +89,7 @@ pub(crate) struct Door {
     /// The attachment epoch, as sessions are judged by; raised first when the attachment ends.
     current: Cell<Epoch>,
     /// How the guest has set its cache.
-    writeback: Rc<Cell<bool>>,
+    writeback: vhost::Writeback,
     closed: Cell<bool>,
     volume: Rc<Volume>,
     listener: RefCell<Option<Listener>>,
@@ -101,7 +112,7 @@ impl Door {
     ///
     /// # Errors
     /// When the socket cannot be used, or this host cannot serve the protocol.
-    pub(crate) fn open(spec: DoorSpec, volume: Rc<Volume>, writeback: Rc<Cell<bool>>) -> Result<Rc<Self>> {
+    pub(crate) fn open(spec: DoorSpec, volume: Rc<Volume>, writeback: vhost::Writeback) -> Result<Rc<Self>> {
         let sessions = match spec.protocol {
             Protocol::Nbd => Sessions::Nbd(nbd::Sessions::new()),
             Protocol::VhostUser => {
@@ -137,9 +148,11 @@ impl Door {
             door.switchboard
                 .open(&door.facts.vm, &door.export, door.facts.volume);
         }
-        door.listen(listener);
-        if let Some(also) = spec.also {
-            door.listen_also(also);
+        door.listen(listener, Whose::Own);
+        match spec.also.map(Listener::unix) {
+            None => {}
+            Some(Ok(listener)) => door.listen(listener, Whose::Passed),
+            Some(Err(e)) => tracing::error!(volume = %door.export, "the passed socket cannot be used: {e}"),
         }
         Ok(door)
     }
@@ -206,27 +219,29 @@ impl Door {
         }
     }
 
-    /// Accepts connections over somebody else's socket as well.
-    pub(crate) fn listen_also(self: &Rc<Self>, listener: UnixListener) {
-        match Listener::unix(listener) {
-            Ok(listener) => self.listen(listener),
-            Err(e) => tracing::error!(volume = %self.export, "the passed socket cannot be used: {e}"),
-        }
-    }
-
-    fn listen(self: &Rc<Self>, listener: Listener) {
-        let accepting = spawn(self.clone().accept(listener));
+    fn listen(self: &Rc<Self>, listener: Listener, whose: Whose) {
+        let accepting = spawn(self.clone().accept(listener, whose));
         self.accepting.borrow_mut().push(accepting);
     }
 
-    async fn accept(self: Rc<Self>, listener: Listener) {
+    async fn accept(self: Rc<Self>, listener: Listener, whose: Whose) {
+        // Of those who are turned away: what they have sent may take long to close. None of that waits for another's socket.
+        let strangers = Leavings::default();
         while !self.closed.get() {
+            strangers.room().await;
             if let Sessions::VhostUser(sessions, _) = &self.sessions {
                 sessions.room().await;
             }
             match listener.accept_when_ready().await {
-                Ok(stream) => self.admit(stream),
-                Err(_) if self.closed.get() => break,
+                Ok(stream) => {
+                    if let Err(stranger) = self.admit(stream, whose) {
+                        strangers.put_all(stranger.into_socket());
+                    }
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::InvalidInput => {
+                    tracing::error!(volume = %self.export, vm = %self.vm, "nobody can come any more, the socket was shut down: {e}");
+                    break;
+                }
                 Err(e) => {
                     // Out of descriptors, most likely: the backlog waits, the next look is soon enough.
                     tracing::warn!(volume = %self.export, vm = %self.vm, "cannot accept a connection: {e}");
@@ -236,32 +251,44 @@ impl Door {
         }
     }
 
-    fn admit(self: &Rc<Self>, stream: Stream) {
+    /// Serves a connection; who is turned away comes back.
+    fn admit(self: &Rc<Self>, stream: Stream, whose: Whose) -> std::result::Result<(), Stream> {
+        if whose == Whose::Passed {
+            let takes = matches!(self.sessions, Sessions::VhostUser(..));
+            pass_descriptors(stream.socket(), takes);
+        }
+        let Some(peer) = self.judge(&stream) else {
+            return Err(stream);
+        };
         match &self.sessions {
             Sessions::Nbd(sessions) => {
-                if let Some(peer) = self.judge(&stream) {
-                    let exports = Rc::new(Shown {
-                        door: self.clone(),
-                        peer,
+                // The server speaks first. What is there already may have descriptors with it, from when they were taken.
+                if whose == Whose::Passed && ioctl_fionread(stream.socket()).is_ok_and(|bytes| bytes > 0) {
+                    self.turned_away.say(|times| {
+                        tracing::warn!(volume = %self.export, vm = %self.vm, times, "a client that speaks first is turned away");
                     });
-                    spawn(nbd::serve(stream, exports, sessions.clone())).detach();
+                    return Err(stream);
                 }
+                let exports = Rc::new(Shown {
+                    door: self.clone(),
+                    peer,
+                });
+                spawn(nbd::serve(stream, exports, sessions.clone())).detach();
             }
             Sessions::VhostUser(sessions, broken) => {
+                let export = vhost::Export {
+                    name: self.export.clone(),
+                    serial: serial(self.facts.volume),
+                    read_only: self.read_only,
+                    writeback: self.writeback.clone(),
+                    volume: self.volume.clone(),
+                    broken: broken.clone(),
+                };
                 let incoming = sessions.incoming(stream);
-                if self.judge(incoming.stream()).is_some() {
-                    let export = vhost::Export {
-                        name: self.export.clone(),
-                        serial: serial(self.facts.volume),
-                        read_only: self.read_only,
-                        writeback: self.writeback.clone(),
-                        volume: self.volume.clone(),
-                        broken: broken.clone(),
-                    };
-                    spawn(vhost::serve(incoming, export, sessions.clone())).detach();
-                }
+                spawn(vhost::serve(incoming, export, sessions.clone())).detach();
             }
         }
+        Ok(())
     }
 
     /// Who has come, if it may.

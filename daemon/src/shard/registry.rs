@@ -5,10 +5,10 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ops::AddAssign;
-use std::os::unix::net::UnixListener;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use futures_util::future::join_all;
 use libvol::crypto::seal::Sealer;
 use libvol::ids::{DatasetId, Epoch, KeyVersion, StoreId, VolumeId};
 use libvol::runtime::live_tasks;
@@ -20,6 +20,7 @@ use libvol::volume::{
 use libvol::{Error, Result};
 
 use super::door::{Door, DoorSpec, Manner};
+use crate::vhost::Writeback;
 
 /// What opening a volume takes, in a form that may cross threads.
 pub(crate) struct OpenSpec {
@@ -157,7 +158,7 @@ struct Entry {
     /// The door of the attachment that is to take over.
     incoming: Option<Rc<Door>>,
     /// How the guest has set its cache; that moves with it.
-    writeback: Rc<Cell<bool>>,
+    writeback: Writeback,
     /// What of its counters was taken.
     taken: Cell<Mended>,
 }
@@ -210,7 +211,7 @@ impl Registry {
             volume,
             door: None,
             incoming: None,
-            writeback: Rc::new(Cell::new(true)),
+            writeback: Writeback::default(),
             taken: Cell::default(),
         };
         let earlier = self.volumes.borrow_mut().insert(id, entry);
@@ -245,12 +246,11 @@ impl Registry {
     /// Ends the sessions of the attachment, and of one that is to take over: from `epoch` on nothing of them is let in, and
     /// when this returns, nothing of them is in flight (I3).
     pub(crate) async fn close_door(&self, id: VolumeId, epoch: Epoch) {
-        self.close_incoming(id, epoch).await;
-        let door = self.volumes.borrow_mut().get_mut(&id).and_then(|e| e.door.take());
-        if let Some(door) = door {
-            door.supersede(epoch);
-            door.close(Manner::Gently).await;
-        }
+        let doors = match self.volumes.borrow_mut().get_mut(&id) {
+            None => return,
+            Some(entry) => [entry.door.take(), entry.incoming.take()],
+        };
+        close_all(doors.into_iter().flatten(), epoch).await;
     }
 
     /// Ends those of the attachment that was to take over.
@@ -260,35 +260,31 @@ impl Registry {
             .borrow_mut()
             .get_mut(&id)
             .and_then(|e| e.incoming.take());
-        if let Some(door) = door {
-            door.supersede(epoch);
-            door.close(Manner::Gently).await;
-        }
+        close_all(door, epoch).await;
     }
 
-    /// The attachment that is to take over does: when this returns, nothing of the one before is in flight, nor will be (I3).
+    /// The attachment of that epoch, which was to take over, does: when this returns, nothing of the one before is in flight, nor
+    /// will be (I3). One that has is left as it is.
     ///
     /// # Errors
     /// `Unavailable` when there is none (any more).
-    pub(crate) async fn take_over(&self, id: VolumeId, also: Option<UnixListener>) -> Result<()> {
+    pub(crate) async fn take_over(&self, id: VolumeId, epoch: Epoch) -> Result<()> {
         let gone = || Error::unavailable(format!("volume {id} has no attachment that is to take over"));
         let (old, new) = {
             let volumes = self.volumes.borrow();
             let entry = volumes.get(&id).ok_or_else(gone)?;
-            (entry.door.clone(), entry.incoming.clone().ok_or_else(gone)?)
+            (entry.door.clone(), entry.incoming.clone())
         };
-        if let Some(old) = old {
-            old.supersede(new.epoch());
-            old.close(Manner::Gently).await;
+        let is_its = |door: &Option<Rc<Door>>| door.as_ref().is_some_and(|door| door.epoch() == epoch);
+        match (is_its(&old), is_its(&new)) {
+            (true, _) => return Ok(()),
+            (false, true) => close_all(old, epoch).await,
+            (false, false) => return Err(gone()),
         }
         // Both stood there meanwhile, for a daemon that stops.
         let mut volumes = self.volumes.borrow_mut();
         let entry = volumes.get_mut(&id).ok_or_else(gone)?;
-        let door = entry.incoming.take().ok_or_else(gone)?;
-        if let Some(also) = also {
-            door.listen_also(also);
-        }
-        entry.door = Some(door);
+        entry.door = Some(entry.incoming.take().ok_or_else(gone)?);
         Ok(())
     }
 
@@ -300,9 +296,8 @@ impl Registry {
         let Some(entry) = self.volumes.borrow_mut().remove(&id) else {
             return Ok(());
         };
-        for door in [&entry.incoming, &entry.door].into_iter().flatten() {
-            door.close(Manner::AtOnce).await;
-        }
+        let doors = [&entry.incoming, &entry.door].into_iter().flatten();
+        join_all(doors.map(|door| door.close(Manner::AtOnce))).await;
         let closed = entry.volume.close().await;
         self.keep_mended(id, &entry);
         closed
@@ -470,6 +465,13 @@ impl Registry {
         self.stores.borrow_mut().insert(id, io.clone());
         Ok(io)
     }
+}
+
+/// None of them lets anybody in any more, and then all end, none waiting for another.
+async fn close_all(doors: impl IntoIterator<Item = Rc<Door>>, epoch: Epoch) {
+    let doors: Vec<_> = doors.into_iter().collect();
+    doors.iter().for_each(|door| door.supersede(epoch));
+    join_all(doors.iter().map(|door| door.close(Manner::Gently))).await;
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 
 use libvol::runtime::net::Stream;
 use rustix::io::Errno;
@@ -19,8 +20,9 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
-use super::leavings::Leavings;
 use super::message::{HEADER_BYTES, Header, Violation};
+use super::meter::Meter;
+use crate::leavings::Leavings;
 
 /// Descriptors that one message can carry: the kernel's SCM_MAX_FD.
 const DESCRIPTORS_MAX: usize = 253;
@@ -68,12 +70,13 @@ pub(super) struct Received {
 /// See the module's text.
 pub(super) struct Channel {
     stream: Stream,
+    meter: Rc<Meter>,
 }
 
 impl Channel {
-    /// A channel over a connected stream.
-    pub(super) fn new(stream: Stream) -> Self {
-        Self { stream }
+    /// A channel over a connected stream. What it costs is counted.
+    pub(super) fn new(stream: Stream, meter: Rc<Meter>) -> Self {
+        Self { stream, meter }
     }
 
     /// The next message. Descriptors of one that stays incomplete go to `leavings`.
@@ -108,7 +111,11 @@ impl Channel {
     async fn fill(&self, bytes: &mut [u8], descriptors: &mut Vec<OwnedFd>) -> Result<(), End> {
         let mut filled = 0;
         while filled < bytes.len() {
-            match receive_now(self.stream.socket().as_fd(), &mut bytes[filled..], descriptors) {
+            let socket = self.stream.socket().as_fd();
+            let received = self
+                .meter
+                .spend(|| receive_now(socket, &mut bytes[filled..], descriptors));
+            match received {
                 Ok(0) => return Err(End::Gone),
                 Ok(count) => filled += count,
                 Err(Errno::AGAIN) => self.stream.readable().await,
@@ -128,7 +135,8 @@ impl Channel {
     /// # Errors
     /// How the conversation ends.
     pub(super) fn send(&self, bytes: &[u8], descriptor: Option<BorrowedFd<'_>>) -> Result<(), End> {
-        send_now(self.stream.socket().as_fd(), bytes, descriptor)
+        let socket = self.stream.socket().as_fd();
+        self.meter.spend(|| send_now(socket, bytes, descriptor))
     }
 }
 
@@ -199,7 +207,7 @@ mod tests {
                     .0,
             );
             let (ours, theirs) = UnixStream::pair().unwrap();
-            let channel = Channel::new(Stream::new(ours.into()));
+            let channel = Channel::new(Stream::new(ours.into()), Rc::new(Meter::new()));
             runtime.block_on(test(theirs, channel));
         }
     }

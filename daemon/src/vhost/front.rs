@@ -22,6 +22,7 @@ use super::channel::send_now;
 use super::config::{RANGES_MAX, feature};
 use super::memory::{DirtyLog, GuestMemory};
 use super::message::config_has_changed;
+use super::meter::Meter;
 use super::queue::Job;
 use super::request::Rules;
 use super::sessions::Member;
@@ -34,6 +35,7 @@ use crate::seldom::Seldom;
 pub(super) struct Front<D> {
     export: Export<D>,
     stream: Stream,
+    meter: Rc<Meter>,
     phase: Cell<Phase>,
     changed: Notify,
     features: Cell<u64>,
@@ -66,10 +68,11 @@ enum Phase {
 
 impl<D: Device> Front<D> {
     /// A front-end that has said nothing yet.
-    pub(super) fn new(export: Export<D>, stream: Stream) -> Rc<Self> {
+    pub(super) fn new(export: Export<D>, stream: Stream, meter: Rc<Meter>) -> Rc<Self> {
         Rc::new(Self {
             export,
             stream,
+            meter,
             phase: Cell::new(Phase::Open),
             changed: Notify::default(),
             features: Cell::new(0),
@@ -85,6 +88,11 @@ impl<D: Device> Front<D> {
             in_flight: Rc::default(),
             failures: Seldom::default(),
         })
+    }
+
+    /// What it costs the thread.
+    pub(super) fn meter(&self) -> &Meter {
+        &self.meter
     }
 
     /// The volume.
@@ -131,7 +139,14 @@ impl<D: Device> Front<D> {
 
     /// What the cache's mode was set to.
     pub(super) fn writeback(&self) -> bool {
-        self.export.writeback.get()
+        self.export.writeback.get().unwrap_or(true)
+    }
+
+    /// Whoever owns the device starts it. A guest that has come here from elsewhere may have set what nobody has told: then it is through,
+    /// which keeps either promise.
+    pub(super) fn settle_writeback(&self, has_moved: bool) {
+        let writeback = &self.export.writeback;
+        writeback.set(writeback.get().or(Some(!has_moved)));
     }
 
     /// The cache's mode as the configuration space has it. Front-ends read that before they agree on anything, and then it
@@ -143,7 +158,7 @@ impl<D: Device> Front<D> {
 
     /// The guest sets the cache's mode. It outlives resets, and front-ends: it is told once.
     pub(super) fn set_writeback(&self, on: bool) {
-        self.export.writeback.set(on);
+        self.export.writeback.set(Some(on));
     }
 
     /// What requests are judged by now. The volume may grow meanwhile.
@@ -316,7 +331,10 @@ impl<D: Device> Member for Front<D> {
         }
         let channel = self.backend_channel.borrow();
         let Some(channel) = &*channel else { return };
-        if let Err(end) = send_now(channel.as_fd(), &config_has_changed(), None) {
+        let told = self
+            .meter
+            .spend(|| send_now(channel.as_fd(), &config_has_changed(), None));
+        if let Err(end) = told {
             tracing::debug!(
                 volume = self.name(),
                 "vhost-user: the front-end is not told of a change: {end:?}"

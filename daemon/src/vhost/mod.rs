@@ -4,8 +4,8 @@
 //! |---|---|
 //! | [`message`] | bytes to values and back, without I/O |
 //! | [`channel`] | the front-end's socket: messages with descriptors |
-//! | [`leavings`] | descriptors that must not be closed on a shard's thread |
 //! | [`notify`] | kicks and calls |
+//! | [`meter`] | what a front-end costs the thread in kicks, calls and messages |
 //! | [`config`] | what the device offers: features and the configuration space |
 //! | [`sessions`] | the front-ends of one attachment: one at a time |
 //! | [`session`] | one front-end's messages |
@@ -41,10 +41,11 @@ pub(crate) mod fuzz;
 #[cfg_attr(not(test), expect(dead_code, reason = "some of it is for tests alone"))]
 mod guest;
 mod inflight;
-mod leavings;
+
 mod mapping;
 mod memory;
 mod message;
+mod meter;
 mod notify;
 mod queue;
 mod request;
@@ -60,13 +61,18 @@ use std::rc::Rc;
 use libvol::volume::Volume;
 
 use crate::device::Device;
+use crate::leavings::Incoming;
 use crate::seldom::Seldom;
-pub(crate) use leavings::Incoming;
+
 use notify::Signals;
 pub(crate) use sessions::{Sessions, Takeover};
 
 /// Bytes of what a device calls itself (VIRTIO 1.2, 5.2.6).
 pub(crate) const SERIAL_BYTES: usize = request::ID_BYTES;
+
+/// Whether a guest has its cache written back, or through. It sets that once, for all front-ends that come after one another; after a
+/// start of this process, nothing is known before one has come.
+pub(crate) type Writeback = Rc<Cell<Option<bool>>>;
 
 /// What a front-end gets. `D` is the volume, and stands open only for tests.
 pub(crate) struct Export<D = Rc<Volume>> {
@@ -76,8 +82,8 @@ pub(crate) struct Export<D = Rc<Volume>> {
     pub(crate) serial: [u8; SERIAL_BYTES],
     /// Writes are refused.
     pub(crate) read_only: bool,
-    /// Whether the guest has its cache written back, or through: it sets that once, for every front-end that serves it.
-    pub(crate) writeback: Rc<Cell<bool>>,
+    /// How the guest has set its cache.
+    pub(crate) writeback: Writeback,
     /// The bytes.
     pub(crate) volume: D,
     /// Counts devices that their front-ends broke.

@@ -13,12 +13,12 @@ use std::cell::{Cell, RefCell};
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::{Rc, Weak};
-use std::time::Duration;
 
 use libvol::runtime::{Driver, Op, runtime, submit};
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::{ReadWriteFlags, preadv2};
-use rustix::time::{ClockId, clock_gettime};
+
+use super::meter::Meter;
 
 /// The descriptor by which a guest says that there is something in its queue.
 pub(super) struct Kick {
@@ -42,18 +42,20 @@ impl Kick {
     }
 
     /// Waits for a kick, and takes it with all before it.
-    pub(super) async fn wait(&self) {
+    pub(super) async fn wait(&self, meter: &Meter) {
         let fd = self.descriptor.clone();
         // A wait that fails is followed by a look at the queue, as any other.
         let _ = submit(&self.driver, Op::Readable { fd }).await;
         let mut count = [0; 8];
         // There is nothing when somebody else has read it; an eventfd has no place to read at, which -1 stands for.
-        let _ = preadv2(
-            &*self.descriptor,
-            &mut [IoSliceMut::new(&mut count)],
-            u64::MAX,
-            ReadWriteFlags::NOWAIT,
-        );
+        let _ = meter.spend(|| {
+            preadv2(
+                &*self.descriptor,
+                &mut [IoSliceMut::new(&mut count)],
+                u64::MAX,
+                ReadWriteFlags::NOWAIT,
+            )
+        });
     }
 }
 
@@ -61,16 +63,7 @@ impl Kick {
 pub(super) struct Call {
     descriptor: OwnedFd,
     signals: Rc<Signals>,
-    slowness: Cell<u32>,
 }
-
-/// Whoever watches an eventfd is woken within the call, and a front-end can have it watched so often that this takes long. A
-/// call is one that takes this much of the thread's own time, whoever else has the processor meanwhile; there is 1 µs to be done.
-const SLOW: Duration = Duration::from_millis(1);
-/// A slow call weighs as much as so many quick ones in between, for interrupts may count as the thread's.
-const SLOW_WEIGHS: u32 = 8;
-/// With eight slow calls, and none but slow ones, a front-end is no longer borne.
-const UNBEARABLE: u32 = 8 * SLOW_WEIGHS;
 
 impl Call {
     /// Takes a descriptor over, and calls: a call of before may have gone to another one.
@@ -83,32 +76,17 @@ impl Call {
             Ok(()) => Ok(Self {
                 descriptor,
                 signals: signals.clone(),
-                slowness: Cell::new(0),
             }),
         }
     }
 
-    /// Calls. Gives whether that can go on: it takes no longer than it may.
-    pub(super) fn call(&self) -> bool {
-        let begun = thread_time();
+    /// Calls.
+    pub(super) fn call(&self) {
         if let Err(e) = self.signals.signal(&self.descriptor) {
             // The kernel was out of memory for it. The guest's own timeout is what is left.
             tracing::error!("vhost-user: a guest cannot be called: {e}");
         }
-        let slowness = match thread_time().saturating_sub(begun) >= SLOW {
-            true => self.slowness.get() + SLOW_WEIGHS,
-            false => self.slowness.get().saturating_sub(1),
-        };
-        self.slowness.set(slowness);
-        slowness < UNBEARABLE
     }
-}
-
-/// Processor time that this thread has used.
-fn thread_time() -> Duration {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    // It is never negative, nor a second in nanoseconds.
-    Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec as u32)
 }
 
 /// A thread's way to signal eventfds. One serves all its queues.
@@ -256,6 +234,7 @@ mod tests {
     use rustix::event::{EventfdFlags, eventfd};
 
     use super::*;
+    use std::time::Duration;
 
     fn on_both<F: Future<Output = ()> + 'static>(test: impl Fn(Rc<Signals>) -> F) {
         for engine in [EngineChoice::Threads, EngineChoice::Uring] {
@@ -286,7 +265,7 @@ mod tests {
             let call = Call::new(ours, &signals).ok().unwrap();
             assert_eq!(count(&theirs), 1);
             for _ in 0..1000 {
-                assert!(call.call());
+                call.call();
             }
             assert_eq!(count(&theirs), 1000);
         });
@@ -301,7 +280,7 @@ mod tests {
             assert_eq!(count(&theirs), 1);
             rustix::io::write(&theirs, &(u64::MAX - 1).to_ne_bytes()).unwrap();
             for _ in 0..1000 {
-                assert!(call.call());
+                call.call();
             }
             assert_eq!(count(&theirs), u64::MAX);
         });
@@ -322,10 +301,10 @@ mod tests {
             let (ours, theirs) = event(EventfdFlags::empty());
             let kick = Rc::new(Kick::new(ours, &signals).ok().unwrap());
             // The one that it begins with.
-            kick.wait().await;
+            kick.wait(&Meter::new()).await;
             let waiting = spawn({
                 let kick = kick.clone();
-                async move { kick.wait().await }
+                async move { kick.wait(&Meter::new()).await }
             });
             for _ in 0..100 {
                 yield_now().await;
@@ -333,7 +312,11 @@ mod tests {
             assert!(!waiting.is_finished());
             rustix::io::write(&theirs, &5u64.to_ne_bytes()).unwrap();
             waiting.await;
-            assert!(timeout(Duration::from_millis(20), kick.wait()).await.is_none());
+            assert!(
+                timeout(Duration::from_millis(20), kick.wait(&Meter::new()))
+                    .await
+                    .is_none()
+            );
             // Readable when it is looked at, and read by somebody else before it is cleared.
             let mut count = [0; 8];
             rustix::io::write(&theirs, &1u64.to_ne_bytes()).unwrap();

@@ -46,6 +46,9 @@ const IN_VAIN_MAX: usize = 64;
 /// But after this.
 const IN_VAIN_PAUSE: Duration = Duration::from_millis(1);
 
+/// Why a front-end is not borne any longer; see [`super::meter`].
+pub(super) const TOO_SLOW: &str = "to read its kicks, to call it and to answer it takes too long";
+
 /// Bytes copied for a request before other tasks get a turn: some hundred microseconds.
 const BYTES_A_TURN: usize = 1 << 20;
 
@@ -211,9 +214,12 @@ impl<D: Device> Queue<D> {
                 if in_vain >= IN_VAIN_MAX {
                     sleep(IN_VAIN_PAUSE).await;
                 }
-                kick.wait().await;
+                kick.wait(self.front.meter()).await;
             };
             select(pin!(kicked), told).await;
+            if !self.front.meter().is_bearable() {
+                return self.front.fail(TOO_SLOW);
+            }
         }
     }
 
@@ -324,9 +330,8 @@ impl<D: Device> Queue<D> {
             Ok(false) => {}
             // Without one the guest looks by itself.
             Ok(true) => {
-                let is_bearable = self.call.borrow().as_ref().is_none_or(Call::call);
-                if !is_bearable {
-                    self.front.fail("to call its guest takes too long");
+                if let Some(call) = &*self.call.borrow() {
+                    self.front.meter().spend(|| call.call());
                 }
             }
             Err(fault) => self.front.fail(fault),
@@ -379,7 +384,12 @@ impl<D: Device> Job<D> {
                 for (at, len) in pieces(*len) {
                     match device.read(*offset + u64::from(at), len).await {
                         Ok(_) if front.is_cut() => return Ok(STATUS_IOERR),
-                        Ok(parts) => self.bring(at as usize, &parts).await?,
+                        Ok(parts) => {
+                            self.bring(at as usize, &parts).await?;
+                            if front.is_cut() {
+                                return Ok(STATUS_IOERR);
+                            }
+                        }
                         Err(e) => {
                             done = Err(e);
                             break;

@@ -28,15 +28,15 @@ use super::config::{WRITEBACK_AT, feature, offered, protocol, space};
 use super::fault::BadMemory;
 use super::front::Front;
 use super::inflight::{self, InflightArea};
-use super::leavings::{Incoming, Leavings};
 use super::mapping::Account;
 use super::memory::{DirtyLog, GuestMemory, REGIONS_MAX, Region};
 use super::message::{self, InflightShape, Message, UserAddresses};
 use super::notify::{Call, Kick, Signals};
-use super::queue::{CallPlace, Setup, Started};
+use super::queue::{CallPlace, Setup, Started, TOO_SLOW};
 use super::ring::RingAddresses;
 use super::sessions::{Member, Seat, Sessions};
 use crate::device::Device;
+use crate::leavings::{Incoming, Leavings};
 
 /// Serves until the front-end leaves or is cut off, then until the last of its requests has ended.
 pub(super) async fn run<D: Device>(incoming: Incoming, export: Export<D>, seat: Seat) {
@@ -46,7 +46,7 @@ pub(super) async fn run<D: Device>(incoming: Incoming, export: Export<D>, seat: 
         Ok(signals) => signals,
         Err(e) => return tracing::error!(volume = export.name, "vhost-user: guests cannot be called: {e}"),
     };
-    let front = Front::new(export, stream.clone());
+    let front = Front::new(export, stream.clone(), seat.meter());
     seat.introduce(front.clone());
     let watcher = spawn({
         let (front, stream) = (front.clone(), stream.clone());
@@ -56,7 +56,7 @@ pub(super) async fn run<D: Device>(incoming: Incoming, export: Export<D>, seat: 
         }
     });
     let session = Session {
-        channel: Channel::new(stream),
+        channel: Channel::new(stream, seat.meter()),
         front: front.clone(),
         sessions: seat.sessions(),
         signals,
@@ -173,13 +173,20 @@ impl<D: Device> Session<D> {
 
     async fn converse(&mut self) -> End {
         loop {
-            self.leavings.room().await;
+            // (One whose descriptors are never closed is cut off all the same.)
+            select(pin!(self.leavings.room()), pin!(self.front.cut())).await;
+            if self.front.is_cut() {
+                return End::Gone;
+            }
             let received = match self.channel.receive(&self.leavings).await {
                 Ok(received) => received,
                 Err(end) => return end,
             };
             if let Err(end) = self.answer(received).await {
                 return end;
+            }
+            if !self.front.meter().is_bearable() {
+                return End::Violation(TOO_SLOW);
             }
             yield_now().await;
         }
@@ -303,7 +310,8 @@ impl<D: Device> Session<D> {
                 return Ok(Answer::Reply(message::vring_base(queue, base).to_vec()));
             }
             Message::SetVringKick { queue, .. } => {
-                let kick = descriptor(&mut descriptors).map(|kick| Kick::new(kick, &self.signals));
+                let kick = descriptor(&mut descriptors);
+                let kick = kick.map(|kick| self.front.meter().spend(|| Kick::new(kick, &self.signals)));
                 let kick = match kick {
                     None => return Err("a queue without a kick would have to be polled".into()),
                     Some(Err(other)) => {
@@ -319,7 +327,8 @@ impl<D: Device> Session<D> {
                 self.start(queue).await?;
             }
             Message::SetVringCall { queue, .. } => {
-                let call = descriptor(&mut descriptors).map(|call| Call::new(call, &self.signals));
+                let call = descriptor(&mut descriptors);
+                let call = call.map(|call| self.front.meter().spend(|| Call::new(call, &self.signals)));
                 let call = match call {
                     Some(Err(other)) => {
                         self.leavings.put(other);
@@ -470,7 +479,7 @@ impl<D: Device> Session<D> {
             self.place(queue as u32)?.area = Some(area);
         }
         self.cache_mode = CacheMode::behind(&self.account, file, offset, len, queues, queue_size);
-        if let Some(mode) = &self.cache_mode {
+        if let (Some(mode), false) = (&self.cache_mode, self.sessions.is_to_take_over()) {
             match mode.noted() {
                 Some(back) => self.front.set_writeback(back),
                 None => mode.note(self.front.writeback()),
@@ -508,6 +517,12 @@ impl<D: Device> Session<D> {
                 (at, byte) if space.get(at as usize) == Some(byte) => {}
                 _ => return Err("a change of configuration that is not the guest's to make".into()),
             }
+        }
+        if writeback == front.writeback() {
+            return Ok(());
+        }
+        if self.sessions.is_to_take_over() {
+            return Err("a change of configuration before the volume is taken over".into());
         }
         front.set_writeback(writeback);
         if let Some(mode) = &self.cache_mode {
@@ -560,11 +575,14 @@ impl<D: Device> Session<D> {
         if !place.enabled || place.kick.is_none() {
             return Ok(());
         }
-        match select(pin!(self.sessions.may_start()), pin!(front.cut())).await {
-            Either::Left((allowed, _)) => {
-                allowed.map_err(|why| Refused(format!("the volume is not taken over: {why}")))?;
-            }
+        let allowed = match select(pin!(self.sessions.may_start()), pin!(front.cut())).await {
+            Either::Left((allowed, _)) => allowed,
             Either::Right(_) => return Err("the attachment has ended, or the front-end has gone".into()),
+        };
+        let has_moved = allowed.map_err(|why| Refused(format!("the volume is not taken over: {why}")))?;
+        front.settle_writeback(has_moved);
+        if let (Some(mode), true) = (&self.cache_mode, has_moved) {
+            mode.note(front.writeback());
         }
         let memory = front.memory();
         let place = self.stopped(queue)?;

@@ -19,8 +19,9 @@ use libvol::runtime::net::{Listener, Stream};
 use libvol::runtime::sync::{InFlight, Notify};
 use libvol::runtime::{spawn, timeout, yield_now};
 
-use super::leavings::{Incoming, Leavings};
 use super::mapping::Account;
+use super::meter::Meter;
+use crate::leavings::{Incoming, Leavings};
 
 /// A front-end that is served.
 pub(super) trait Member {
@@ -54,6 +55,8 @@ pub(crate) struct Sessions {
     leavings: Rc<Leavings>,
     /// What they have mapped, those that have gone included.
     account: Arc<Account>,
+    /// What they cost the thread, likewise.
+    meter: Rc<Meter>,
 }
 
 impl Sessions {
@@ -68,6 +71,7 @@ impl Sessions {
             changed: Notify::default(),
             leavings: Rc::default(),
             account: Account::new(),
+            meter: Rc::new(Meter::new()),
         })
     }
 
@@ -129,14 +133,20 @@ impl Sessions {
             .await;
     }
 
-    /// Waits until a device may start.
-    pub(super) async fn may_start(&self) -> Result<()> {
+    /// Waits until a device may start; gives whether the volume has been taken over for it.
+    pub(super) async fn may_start(&self) -> Result<bool> {
         let takeover = self.takeover.borrow().clone();
-        if let Some(takeover) = takeover {
-            takeover().await?;
-            self.takeover.take();
-        }
-        Ok(())
+        let Some(takeover) = takeover else {
+            return Ok(false);
+        };
+        takeover().await?;
+        self.takeover.take();
+        Ok(true)
+    }
+
+    /// Whether the volume is still another attachment's: what a front-end says of it is not the guest's word.
+    pub(super) fn is_to_take_over(&self) -> bool {
+        self.takeover.borrow().is_some()
     }
 
     fn member(&self) -> Option<Rc<dyn Member>> {
@@ -188,6 +198,11 @@ impl Seat {
     /// Where it leaves what it leaves.
     pub(super) fn leavings(&self) -> Rc<Leavings> {
         self.sessions.leavings().clone()
+    }
+
+    /// What its costs are counted to.
+    pub(super) fn meter(&self) -> Rc<Meter> {
+        self.sessions.meter.clone()
     }
 
     /// What its mappings are counted to.

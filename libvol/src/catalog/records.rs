@@ -215,6 +215,9 @@ pub struct AttachmentRecord {
     /// The one that takes over from it as soon as its device starts: the VM moves to another process.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub successor: Option<AttachmentId>,
+    /// It has taken over from another.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub moved: bool,
 }
 
 impl AttachmentRecord {
@@ -225,6 +228,7 @@ impl AttachmentRecord {
             id: self.successor?,
             epoch: Epoch(self.epoch.0 + 1),
             successor: None,
+            moved: true,
             ..self.clone()
         })
     }

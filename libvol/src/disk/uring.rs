@@ -358,11 +358,14 @@ impl Core {
         // An early submission may have collected completions; what they mean comes before any waiting.
         let attended = self.ended.is_empty() && self.again.is_empty() && (self.wake_armed || self.closing);
         let wait = if attended { wait } else { Wait::No };
-        match wait {
-            Wait::No => {}
-            Wait::Forever => self.look(Duration::MAX),
-            Wait::AtMost(limit) => self.look(limit),
-        }
+        let wait = match wait {
+            Wait::No => Wait::No,
+            Wait::Forever => {
+                self.look(Duration::MAX);
+                Wait::Forever
+            }
+            Wait::AtMost(limit) => Wait::AtMost(limit.saturating_sub(self.look(limit))),
+        };
         let submitter = self.ring.submitter();
         let entered = match wait {
             Wait::Forever => submitter.submit_and_wait(1),
@@ -392,19 +395,24 @@ impl Core {
         }
     }
 
-    /// Looks for completions for a while, where that is likely to be cheaper than a sleep.
-    fn look(&mut self, at_most: Duration) {
+    /// Looks for completions for a while, where that is likely to be cheaper than a sleep; gives how long.
+    fn look(&mut self, at_most: Duration) -> Duration {
         let Some(limit) = self.busy.before_sleep(self.transfers) else {
-            return;
+            return Duration::ZERO;
         };
         // What this says, the entry that follows says again.
         let _ = self.ring.submitter().submit();
-        let (start, limit) = (Instant::now(), limit.min(at_most));
+        let start = Instant::now();
         loop {
             let found = !self.ring.completion().is_empty() || self.ring.submission().taskrun();
             let took = start.elapsed();
             if found || took >= limit {
-                return self.busy.ended(found, took);
+                self.busy.ended(found, took);
+                return took;
+            }
+            // A timer is due, which tells nothing of completions.
+            if took >= at_most {
+                return took;
             }
             std::hint::spin_loop();
         }

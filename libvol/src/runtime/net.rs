@@ -7,6 +7,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::rc::Rc;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
 
@@ -68,7 +69,7 @@ impl Listener {
     /// The next connection, of which none is lost when this is dropped before: for a socket that others go on with.
     ///
     /// # Errors
-    /// As `accept4(2)`.
+    /// As `accept4(2)`; `EINVAL` when nothing will ever come, since somebody has shut the socket down.
     pub async fn accept_when_ready(&self) -> io::Result<Stream> {
         loop {
             let fd = self.socket.clone();
@@ -76,10 +77,22 @@ impl Listener {
             let _ = submit(&self.driver, Op::Readable { fd }).await;
             match rustix::net::accept_with(&self.socket, SocketFlags::CLOEXEC) {
                 Ok(connection) => return Ok(Stream::new(connection)),
-                Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
+                Err(Errno::INTR | Errno::CONNABORTED) => {}
+                Err(Errno::AGAIN) if self.has_ended() => return Err(Errno::INVAL.into()),
+                Err(Errno::AGAIN) => {}
                 Err(e) => return Err(e.into()),
             }
         }
+    }
+
+    fn has_ended(&self) -> bool {
+        let mut fds = [PollFd::new(&self.socket, PollFlags::empty())];
+        let at_once = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // An end and an error are always reported.
+        poll(&mut fds, Some(&at_once)).is_ok_and(|found| found > 0)
     }
 
     /// The socket, unless it [is shared](Self::is_shared).
@@ -168,6 +181,11 @@ impl Stream {
             }
         }
         Ok(())
+    }
+
+    /// The socket, unless somebody else uses it.
+    pub fn into_socket(self) -> Option<OwnedFd> {
+        Rc::into_inner(self.socket)
     }
 
     /// Waits until there is something to receive, or the stream has ended.

@@ -402,6 +402,14 @@ impl FrontEnd {
         u64::from_le_bytes(config.try_into().expect("8 bytes")) * SECTOR
     }
 
+    /// Ends the connection.
+    ///
+    /// # Panics
+    /// When the kernel refuses.
+    pub fn hang_up(&self) {
+        rustix::net::shutdown(&self.wire, rustix::net::Shutdown::Both).expect("a socket");
+    }
+
     /// A new connection to a back-end that has forgotten all; memory, queues and what is in flight are as they were.
     ///
     /// # Panics

@@ -12,6 +12,7 @@ use crate::vhost::channel::{receive_now, send_now};
 use crate::vhost::config::{feature, protocol};
 use crate::vhost::guest::{DATA, END, Guest, QUEUE, USER};
 use crate::vhost::message::{InflightShape, number, reply};
+use crate::vhost::meter::Meter;
 use crate::vhost::notify::{Kick, Signals};
 
 /// Entries of the one queue.
@@ -284,7 +285,7 @@ impl FrontEnd {
             self.guest
                 .put_u16(QUEUE.avail + 4 + 2 * u64::from(ENTRIES), self.used_index());
             if self.used_index() < used {
-                self.calls.wait().await;
+                self.calls.wait(&Meter::new()).await;
             }
         }
     }

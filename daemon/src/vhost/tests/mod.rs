@@ -6,7 +6,6 @@ mod leaving;
 mod messages;
 mod requests;
 
-use std::cell::Cell;
 use std::future::Future;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
@@ -16,7 +15,7 @@ use libvol::disk::{EngineChoice, make_driver};
 use libvol::runtime::net::Stream;
 use libvol::runtime::{Runtime, Task, sleep, spawn, timeout, yield_now};
 
-use super::{Export, Sessions, serve};
+use super::{Export, Sessions, Writeback, serve};
 use crate::device::memory::Memory;
 use front_end::FrontEnd;
 
@@ -62,7 +61,7 @@ struct Attachment {
     device: Rc<Memory>,
     sessions: Rc<Sessions>,
     read_only: bool,
-    writeback: Rc<Cell<bool>>,
+    writeback: Writeback,
 }
 
 impl Attachment {
@@ -71,7 +70,7 @@ impl Attachment {
             device: Memory::new(SIZE),
             sessions: Sessions::new(None),
             read_only: false,
-            writeback: Rc::new(Cell::new(true)),
+            writeback: Writeback::default(),
         }
     }
 

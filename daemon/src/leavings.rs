@@ -1,4 +1,4 @@
-//! What front-ends leave behind: descriptors that must not be closed on a shard's thread.
+//! What peers on Unix sockets leave behind: descriptors that must not be closed on a shard's thread.
 //!
 //! Whoever holds the last reference to a file pays for its end, and a front-end decides when that is and what it costs: the
 //! memory of a whole guest is given back page by page, a file of a user's own file system asks that user, a socket may linger,
@@ -8,7 +8,7 @@
 //! be had they stay open, and that is logged.
 
 use std::cell::RefCell;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -26,7 +26,7 @@ const IDLE: Duration = Duration::from_secs(1);
 
 /// See the module's text.
 #[derive(Default)]
-pub(super) struct Leavings {
+pub(crate) struct Leavings {
     closer: RefCell<Option<Sender<Left>>>,
     unclosed: Arc<Unclosed>,
 }
@@ -53,7 +53,7 @@ impl Drop for Left {
 
 impl Leavings {
     /// One more.
-    pub(super) fn put(&self, descriptor: OwnedFd) {
+    pub(crate) fn put(&self, descriptor: OwnedFd) {
         self.unclosed.count.fetch_add(1, Ordering::AcqRel);
         let mut left = Left {
             descriptor: Some(descriptor),
@@ -68,7 +68,7 @@ impl Leavings {
             }
         }
         let (sender, receiver) = channel();
-        let thread = std::thread::Builder::new().name("vhost-close".into());
+        let thread = std::thread::Builder::new().name("closer".into());
         match thread.spawn(move || close_all(&receiver)) {
             Ok(_) => {
                 // It waits for one at least a second.
@@ -78,26 +78,26 @@ impl Leavings {
                 *closer = Some(sender);
             }
             Err(e) => {
-                tracing::error!("vhost-user: a descriptor stays open, there is no thread to close it: {e}");
+                tracing::error!("a descriptor stays open, there is no thread to close it: {e}");
                 keep_open(left);
             }
         }
     }
 
     /// Some more.
-    pub(super) fn put_all(&self, descriptors: impl IntoIterator<Item = OwnedFd>) {
+    pub(crate) fn put_all(&self, descriptors: impl IntoIterator<Item = OwnedFd>) {
         descriptors
             .into_iter()
             .for_each(|descriptor| self.put(descriptor));
     }
 
     /// Waits until there are not too many.
-    pub(super) async fn room(&self) {
+    pub(crate) async fn room(&self) {
         self.at_most(UNCLOSED_MAX).await;
     }
 
     /// Waits until all are closed.
-    pub(super) async fn all_closed(&self) {
+    pub(crate) async fn all_closed(&self) {
         self.at_most(0).await;
     }
 
@@ -115,7 +115,7 @@ impl Leavings {
     }
 
     /// Descriptors that are not closed yet.
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.unclosed.count.load(Ordering::Acquire)
     }
 }
@@ -135,6 +135,25 @@ fn keep_open(mut left: Left) {
     std::mem::forget(left.descriptor.take());
 }
 
+/// Whether the kernel takes descriptors that a peer passes (SO_PASSRIGHTS, Linux 6.16); gives whether it can be told. A connection has
+/// it from its listener when it is made, so those that wait for an accept are told for themselves.
+pub(crate) fn pass_descriptors(socket: &impl AsRawFd, pass: bool) -> bool {
+    /// asm-generic/socket.h
+    const SO_PASSRIGHTS: libc::c_int = 83;
+    let pass = libc::c_int::from(pass);
+    // SAFETY: the value is an int of that size, and lives over the call.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PASSRIGHTS,
+            (&raw const pass).cast(),
+            size_of_val(&pass) as libc::socklen_t,
+        )
+    };
+    set == 0
+}
+
 /// A front-end's socket, from its coming on. However it goes, the last reference is closed with what it leaves.
 pub(crate) struct Incoming {
     stream: Option<Stream>,
@@ -143,11 +162,11 @@ pub(crate) struct Incoming {
 }
 
 impl Incoming {
-    pub(super) fn new(stream: Stream, leavings: Rc<Leavings>) -> Self {
+    pub(crate) fn new(stream: Stream, leavings: Rc<Leavings>) -> Self {
         let last = stream.socket().try_clone();
         if last.is_err() {
             // Out of descriptors. A reference that is never given up keeps it from being closed here.
-            tracing::error!("vhost-user: a socket stays open, there is no descriptor to close it by");
+            tracing::error!("a socket stays open, there is no descriptor to close it by");
             std::mem::forget(stream.clone());
             stream.shutdown();
         }
@@ -164,7 +183,7 @@ impl Incoming {
     }
 
     /// Waits until nobody else uses it: operations that were given up let go of it some turns later.
-    pub(super) async fn alone(&self) {
+    pub(crate) async fn alone(&self) {
         while self.last.is_some() && self.stream().is_shared() {
             yield_now().await;
         }
