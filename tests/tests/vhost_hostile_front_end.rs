@@ -3,14 +3,15 @@
 //! vhost_hostile_memory.rs.)
 
 use std::io::Write;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rand::{Rng, RngExt};
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::fs::{MemfdFlags, OFlags, memfd_create};
+use rustix::process::{Resource, getrlimit, setrlimit};
 use vold_tests::content::seeded;
 use vold_tests::load::Load;
 use vold_tests::neighbour::{Street, load, own};
@@ -284,6 +285,75 @@ fn a_kick_eventfd_that_blocks_and_is_emptied_by_somebody_else() {
         street.goes_on();
     }
     street.is_unharmed();
+}
+
+/// Watches a descriptor so often that whoever makes something of it pays for tens of thousands of wake-ups.
+struct Watchers {
+    _duplicates: Vec<OwnedFd>,
+    _sets: Vec<OwnedFd>,
+}
+
+impl Watchers {
+    fn of(descriptor: &impl AsFd) -> Self {
+        const DUPLICATES: usize = 8000;
+        const SETS: usize = 8;
+        let mut limit = getrlimit(Resource::Nofile);
+        limit.current = limit.maximum;
+        setrlimit(Resource::Nofile, limit).unwrap();
+        let duplicates: Vec<OwnedFd> = (0..DUPLICATES)
+            .map(|_| descriptor.as_fd().try_clone_to_owned().unwrap())
+            .collect();
+        let interest = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::ET;
+        let set = |_| {
+            let set = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
+            for duplicate in &duplicates {
+                epoll::add(&set, duplicate, epoll::EventData::new_u64(0), interest).unwrap();
+            }
+            set
+        };
+        Self {
+            _sets: (0..SETS).map(set).collect(),
+            _duplicates: duplicates,
+        }
+    }
+}
+
+/// Who watches a descriptor is woken by whoever uses it, at that one's cost.
+#[test]
+fn descriptors_that_are_watched_so_often_that_to_use_them_takes_long() {
+    for case in ["kicks", "calls", "messages"] {
+        let street = Street::new();
+        let mut fe = street.front_end();
+        let _watchers = match case {
+            "kicks" => Watchers::of(fe.queues[0].kick_descriptor()),
+            "calls" => Watchers::of(fe.queues[0].call_descriptor()),
+            _ => Watchers::of(&fe.wire),
+        };
+        // A good one would go on like this for good.
+        wait_for("the front-end is cut off", || {
+            match case {
+                "kicks" => fe.queues[0].kick(),
+                "calls" => {
+                    fe.submit(0, T_IN, 0, &[], 512);
+                    fe.queues[0].kick();
+                    fe.complete_or_end(0);
+                }
+                _ => drop(fe.wire.number(GET_FEATURES)),
+            }
+            fe.wire.has_ended().then_some(())
+        });
+        drop(fe);
+        street.goes_on();
+        // It comes back when that is paid off.
+        wait_for("a front-end that behaves is served", || {
+            let mut fe = street.greeted();
+            fe.start().ok()?;
+            fe.submit(0, T_IN, 0, &[], 512);
+            fe.queues[0].kick();
+            fe.complete_or_end(0).map(drop)
+        });
+        street.is_unharmed();
+    }
 }
 
 #[test]
