@@ -10,11 +10,15 @@ use std::collections::HashMap;
 use std::net::TcpListener;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::sync::mpsc;
 
 use libvol::ids::VolumePath;
 use libvol::{Error, Kind, Result};
 use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
 use rustix::net::{AddressFamily, SocketType};
+
+/// Connections that can wait at a socket (net.core.somaxconn, since Linux 5.4).
+const BACKLOG_MAX: usize = 4096;
 
 /// Unix sockets by volume.
 #[derive(Default)]
@@ -35,10 +39,21 @@ impl PassedDoors {
         let Some(listener) = self.0.get(volume) else {
             return;
         };
-        let waiting: Vec<_> = std::iter::from_fn(|| listener.accept().ok()).collect();
-        if !waiting.is_empty() {
-            tracing::info!(%volume, "{} connections from before the attachment are turned away", waiting.len());
-            std::thread::spawn(move || drop(waiting));
+        let waiting = std::iter::from_fn(|| listener.accept().ok());
+        // (Who comes while this goes on was not there before.)
+        let waiting: Vec<_> = waiting.take(BACKLOG_MAX).collect();
+        if waiting.is_empty() {
+            return;
+        }
+        tracing::info!(%volume, "{} connections from before the attachment are turned away", waiting.len());
+        let (sender, receiver) = mpsc::channel();
+        let thread = std::thread::Builder::new().name("closer".into());
+        let started = thread.spawn(move || drop(receiver.recv()));
+        if let Err(e) = started {
+            tracing::error!("connections stay open, there is no thread to close them: {e}");
+            std::mem::forget(waiting);
+        } else if let Err(back) = sender.send(waiting) {
+            std::mem::forget(back);
         }
     }
 }

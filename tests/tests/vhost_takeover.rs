@@ -270,10 +270,14 @@ fn front_ends_that_leave_what_is_never_closed_are_fenced_all_the_same() {
     let lingering = Lingering::new();
     for _ in 0..300 {
         let socket = lingering.socket();
-        let sent = source
-            .wire
-            .send(SET_VRING_ERR, &0_u64.to_le_bytes(), &[socket.as_fd()]);
-        if sent.is_err() {
+        let message = message(SET_VRING_ERR, 0, &0_u64.to_le_bytes());
+        // It is the daemon's alone before the daemon can close it.
+        if source.wire.send_bytes(&message[..1], &[socket.as_fd()]).is_err() {
+            std::mem::forget(socket);
+            break;
+        }
+        drop(socket);
+        if source.wire.send_bytes(&message[1..], &[]).is_err() {
             break;
         }
     }

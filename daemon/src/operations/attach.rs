@@ -182,6 +182,7 @@ impl Operations {
             vm: vm.name.to_string(),
             protocol: attachment.protocol,
             read_only: attachment.read_only,
+            moved: attachment.moved,
             listener: bind(&socket, vm.uid, attachment.protocol)?,
             also: match attachment.moved {
                 false => self.passed.of(&volume.path)?,

@@ -70,6 +70,8 @@ pub(crate) struct DoorSpec {
     pub(crate) protocol: Protocol,
     /// Whether writes are refused.
     pub(crate) read_only: bool,
+    /// It has taken over from another attachment.
+    pub(crate) moved: bool,
     /// Bound, listening, owned by the VM's uid.
     pub(crate) listener: UnixListener,
     /// Bound and listening, and somebody else's: it stays as it is.
@@ -86,6 +88,7 @@ pub(crate) struct Door {
     export: String,
     vm: String,
     read_only: bool,
+    moved: bool,
     /// The attachment epoch, as sessions are judged by; raised first when the attachment ends.
     current: Cell<Epoch>,
     /// How the guest has set its cache.
@@ -132,6 +135,7 @@ impl Door {
             export: spec.export,
             vm: spec.vm,
             read_only: spec.read_only,
+            moved: spec.moved,
             writeback,
             closed: Cell::new(false),
             volume,
@@ -263,7 +267,7 @@ impl Door {
         match &self.sessions {
             Sessions::Nbd(sessions) => {
                 // The server speaks first. What is there already may have descriptors with it, from when they were taken.
-                if whose == Whose::Passed && ioctl_fionread(stream.socket()).is_ok_and(|bytes| bytes > 0) {
+                if whose == Whose::Passed && !ioctl_fionread(stream.socket()).is_ok_and(|bytes| bytes == 0) {
                     self.turned_away.say(|times| {
                         tracing::warn!(volume = %self.export, vm = %self.vm, times, "a client that speaks first is turned away");
                     });
@@ -281,6 +285,7 @@ impl Door {
                     serial: serial(self.facts.volume),
                     read_only: self.read_only,
                     writeback: self.writeback.clone(),
+                    moved: self.moved,
                     volume: self.volume.clone(),
                     broken: broken.clone(),
                 };

@@ -139,14 +139,14 @@ impl<D: Device> Front<D> {
 
     /// What the cache's mode was set to.
     pub(super) fn writeback(&self) -> bool {
-        self.export.writeback.get().unwrap_or(true)
+        self.export.writeback.get().unwrap_or(!self.export.moved)
     }
 
     /// Whoever owns the device starts it. A guest that has come here from elsewhere may have set what nobody has told: then it is through,
     /// which keeps either promise.
     pub(super) fn settle_writeback(&self, has_moved: bool) {
         let writeback = &self.export.writeback;
-        writeback.set(writeback.get().or(Some(!has_moved)));
+        writeback.set(writeback.get().or(Some(!has_moved && !self.export.moved)));
     }
 
     /// The cache's mode as the configuration space has it. Front-ends read that before they agree on anything, and then it
@@ -245,7 +245,7 @@ impl<D: Device> Front<D> {
         }
         let dropped = self.waiting.take();
         drop(dropped);
-        self.stream.shutdown();
+        self.meter.spend(|| self.stream.shutdown());
         self.changed.notify_all();
     }
 

@@ -84,6 +84,8 @@ pub(crate) struct Export<D = Rc<Volume>> {
     pub(crate) read_only: bool,
     /// How the guest has set its cache.
     pub(crate) writeback: Writeback,
+    /// It has come here from another process, where it may have set that.
+    pub(crate) moved: bool,
     /// The bytes.
     pub(crate) volume: D,
     /// Counts devices that their front-ends broke.

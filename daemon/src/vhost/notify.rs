@@ -14,16 +14,19 @@ use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::rc::{Rc, Weak};
 
-use libvol::runtime::{Driver, Op, runtime, submit};
+use libvol::runtime::{Driver, Op, runtime, spawn, submit, yield_now};
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::{ReadWriteFlags, preadv2};
 
 use super::meter::Meter;
+use crate::leavings::Leavings;
 
 /// The descriptor by which a guest says that there is something in its queue.
 pub(super) struct Kick {
     driver: Rc<dyn Driver>,
-    descriptor: Rc<OwnedFd>,
+    /// There until it is dropped.
+    descriptor: Option<Rc<OwnedFd>>,
+    leavings: Rc<Leavings>,
 }
 
 impl Kick {
@@ -31,26 +34,32 @@ impl Kick {
     ///
     /// # Errors
     /// What is no eventfd comes back.
-    pub(super) fn new(descriptor: OwnedFd, signals: &Signals) -> Result<Self, OwnedFd> {
+    pub(super) fn new(
+        descriptor: OwnedFd,
+        signals: &Signals,
+        leavings: &Rc<Leavings>,
+    ) -> Result<Self, OwnedFd> {
         match signals.signal(&descriptor) {
             Err(_) => Err(descriptor),
             Ok(()) => Ok(Self {
                 driver: runtime(),
-                descriptor: Rc::new(descriptor),
+                descriptor: Some(Rc::new(descriptor)),
+                leavings: leavings.clone(),
             }),
         }
     }
 
     /// Waits for a kick, and takes it with all before it.
     pub(super) async fn wait(&self, meter: &Meter) {
-        let fd = self.descriptor.clone();
+        let Some(fd) = self.descriptor.clone() else { return };
+        let descriptor = fd.clone();
         // A wait that fails is followed by a look at the queue, as any other.
         let _ = submit(&self.driver, Op::Readable { fd }).await;
         let mut count = [0; 8];
         // There is nothing when somebody else has read it; an eventfd has no place to read at, which -1 stands for.
         let _ = meter.spend(|| {
             preadv2(
-                &*self.descriptor,
+                &*descriptor,
                 &mut [IoSliceMut::new(&mut count)],
                 u64::MAX,
                 ReadWriteFlags::NOWAIT,
@@ -59,10 +68,30 @@ impl Kick {
     }
 }
 
+/// Whoever watches it keeps its last reference busy.
+impl Drop for Kick {
+    fn drop(&mut self) {
+        let Some(descriptor) = self.descriptor.take() else {
+            return;
+        };
+        let leavings = self.leavings.clone();
+        // A wait that was given up lets go of it some turns later.
+        spawn(async move {
+            while Rc::strong_count(&descriptor) > 1 {
+                yield_now().await;
+            }
+            leavings.put_all(Rc::into_inner(descriptor));
+        })
+        .detach();
+    }
+}
+
 /// The descriptor by which a guest is told that a queue has news.
 pub(super) struct Call {
-    descriptor: OwnedFd,
+    /// There until it is dropped.
+    descriptor: Option<OwnedFd>,
     signals: Rc<Signals>,
+    leavings: Rc<Leavings>,
 }
 
 impl Call {
@@ -70,22 +99,36 @@ impl Call {
     ///
     /// # Errors
     /// What is no eventfd comes back.
-    pub(super) fn new(descriptor: OwnedFd, signals: &Rc<Signals>) -> Result<Self, OwnedFd> {
+    pub(super) fn new(
+        descriptor: OwnedFd,
+        signals: &Rc<Signals>,
+        leavings: &Rc<Leavings>,
+    ) -> Result<Self, OwnedFd> {
         match signals.signal(&descriptor) {
             Err(_) => Err(descriptor),
             Ok(()) => Ok(Self {
-                descriptor,
+                descriptor: Some(descriptor),
                 signals: signals.clone(),
+                leavings: leavings.clone(),
             }),
         }
     }
 
     /// Calls.
     pub(super) fn call(&self) {
-        if let Err(e) = self.signals.signal(&self.descriptor) {
+        let Some(descriptor) = &self.descriptor else {
+            return;
+        };
+        if let Err(e) = self.signals.signal(descriptor) {
             // The kernel was out of memory for it. The guest's own timeout is what is left.
             tracing::error!("vhost-user: a guest cannot be called: {e}");
         }
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        self.leavings.put_all(self.descriptor.take());
     }
 }
 
@@ -230,7 +273,7 @@ impl Drop for Signals {
 #[cfg(test)]
 mod tests {
     use libvol::disk::{EngineChoice, make_driver};
-    use libvol::runtime::{Runtime, spawn, timeout, yield_now};
+    use libvol::runtime::{Runtime, timeout};
     use rustix::event::{EventfdFlags, eventfd};
 
     use super::*;
@@ -262,7 +305,7 @@ mod tests {
     fn every_call_counts_however_many_there_are() {
         on_both(|signals| async move {
             let (ours, theirs) = event(EventfdFlags::NONBLOCK);
-            let call = Call::new(ours, &signals).ok().unwrap();
+            let call = Call::new(ours, &signals, &Rc::default()).ok().unwrap();
             assert_eq!(count(&theirs), 1);
             for _ in 0..1000 {
                 call.call();
@@ -276,7 +319,7 @@ mod tests {
         on_both(|signals| async move {
             // Blocking: a write to it would wait for ever.
             let (ours, theirs) = event(EventfdFlags::empty());
-            let call = Call::new(ours, &signals).ok().unwrap();
+            let call = Call::new(ours, &signals, &Rc::default()).ok().unwrap();
             assert_eq!(count(&theirs), 1);
             rustix::io::write(&theirs, &(u64::MAX - 1).to_ne_bytes()).unwrap();
             for _ in 0..1000 {
@@ -290,8 +333,10 @@ mod tests {
     fn what_is_no_eventfd_is_given_back() {
         on_both(|signals| async move {
             let other = memfd_create("no-eventfd", MemfdFlags::CLOEXEC).unwrap();
-            let other = Kick::new(other, &signals).err().expect("no eventfd");
-            assert!(Call::new(other, &signals).is_err());
+            let other = Kick::new(other, &signals, &Rc::default())
+                .err()
+                .expect("no eventfd");
+            assert!(Call::new(other, &signals, &Rc::default()).is_err());
         });
     }
 
@@ -299,7 +344,7 @@ mod tests {
     fn a_kick_is_taken_once_and_one_that_somebody_else_took_blocks_nobody() {
         on_both(|signals| async move {
             let (ours, theirs) = event(EventfdFlags::empty());
-            let kick = Rc::new(Kick::new(ours, &signals).ok().unwrap());
+            let kick = Rc::new(Kick::new(ours, &signals, &Rc::default()).ok().unwrap());
             // The one that it begins with.
             kick.wait(&Meter::new()).await;
             let waiting = spawn({
@@ -322,7 +367,7 @@ mod tests {
             rustix::io::write(&theirs, &1u64.to_ne_bytes()).unwrap();
             assert_eq!(rustix::io::read(&theirs, &mut count), Ok(8));
             let cleared = preadv2(
-                &*kick.descriptor,
+                kick.descriptor.as_deref().unwrap(),
                 &mut [IoSliceMut::new(&mut count)],
                 u64::MAX,
                 ReadWriteFlags::NOWAIT,

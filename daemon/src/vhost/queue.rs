@@ -333,6 +333,9 @@ impl<D: Device> Queue<D> {
                 if let Some(call) = &*self.call.borrow() {
                     self.front.meter().spend(|| call.call());
                 }
+                if !self.front.meter().is_bearable() {
+                    self.front.fail(TOO_SLOW);
+                }
             }
             Err(fault) => self.front.fail(fault),
         }

@@ -311,7 +311,11 @@ impl<D: Device> Session<D> {
             }
             Message::SetVringKick { queue, .. } => {
                 let kick = descriptor(&mut descriptors);
-                let kick = kick.map(|kick| self.front.meter().spend(|| Kick::new(kick, &self.signals)));
+                let kick = kick.map(|kick| {
+                    self.front
+                        .meter()
+                        .spend(|| Kick::new(kick, &self.signals, &self.leavings))
+                });
                 let kick = match kick {
                     None => return Err("a queue without a kick would have to be polled".into()),
                     Some(Err(other)) => {
@@ -328,7 +332,11 @@ impl<D: Device> Session<D> {
             }
             Message::SetVringCall { queue, .. } => {
                 let call = descriptor(&mut descriptors);
-                let call = call.map(|call| self.front.meter().spend(|| Call::new(call, &self.signals)));
+                let call = call.map(|call| {
+                    self.front
+                        .meter()
+                        .spend(|| Call::new(call, &self.signals, &self.leavings))
+                });
                 let call = match call {
                     Some(Err(other)) => {
                         self.leavings.put(other);

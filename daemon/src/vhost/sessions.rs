@@ -165,7 +165,8 @@ impl Sessions {
             self.changed.until(|| free().then_some(())).await;
             drop(awaits);
         }
-        if self.ended.get() {
+        // (Who has cost too much waits until that is paid off.)
+        if self.ended.get() || !self.meter.is_bearable() {
             return None;
         }
         self.taken.set(true);

@@ -59,7 +59,9 @@ impl FrontEnd {
             stream,
             guest: Guest::simple(),
             kick: event(),
-            calls: Kick::new(call.try_clone().unwrap(), &signals).ok().unwrap(),
+            calls: Kick::new(call.try_clone().unwrap(), &signals, &Rc::default())
+                .ok()
+                .unwrap(),
             call,
             need_reply: false,
             entries: ENTRIES,

@@ -62,6 +62,7 @@ struct Attachment {
     sessions: Rc<Sessions>,
     read_only: bool,
     writeback: Writeback,
+    moved: bool,
 }
 
 impl Attachment {
@@ -71,6 +72,7 @@ impl Attachment {
             sessions: Sessions::new(None),
             read_only: false,
             writeback: Writeback::default(),
+            moved: false,
         }
     }
 
@@ -82,6 +84,7 @@ impl Attachment {
             serial: *b"0123456789abcdefghij",
             read_only: self.read_only,
             writeback: self.writeback.clone(),
+            moved: self.moved,
             volume: self.device.clone(),
             broken: Rc::default(),
         };

@@ -155,6 +155,33 @@ fn a_write_is_durable_before_it_is_acknowledged_unless_the_guest_has_a_cache_to_
     });
 }
 
+/// The daemon that knew died while the volume was taken over.
+#[test]
+fn a_guest_that_has_moved_writes_through_until_it_says_otherwise() {
+    on_both(|| async {
+        let attachment = Attachment {
+            moved: true,
+            ..Attachment::new()
+        };
+        let (mut guest, _task) = attachment.connect();
+        guest.agree(FEATURES | feature::BLK_CONFIG_WCE).await;
+        assert!(guest.pass_memory().await && guest.start_queue(0).await);
+        assert_eq!(mode_of(&guest).await, 0);
+        assert_eq!(guest.carry_out(0, WRITE, 0, 512).await, 0);
+        let mut payload: Vec<u8> = [WRITEBACK_AT, 1, 0]
+            .iter()
+            .flat_map(|word| word.to_ne_bytes())
+            .collect();
+        payload.push(1);
+        assert!(guest.ask(number::SET_CONFIG, &payload, None).await);
+        assert_eq!(guest.carry_out(3, WRITE, 0, 512).await, 0);
+        assert_eq!(
+            *attachment.device.log.borrow(),
+            ["write 0+512 fua=true", "write 0+512 fua=false"]
+        );
+    });
+}
+
 #[test]
 fn requests_are_found_without_a_kick_and_a_disabled_queue_is_not_looked_at() {
     on_both(|| async {
