@@ -108,13 +108,17 @@ fn a_read_only_device_refuses_what_would_change_it() {
 
 /// The cache's mode in the configuration space.
 async fn mode_of(guest: &FrontEnd) -> u8 {
-    let mut payload: Vec<u8> = [WRITEBACK_AT, 1, 0]
-        .iter()
-        .flat_map(|word| word.to_ne_bytes())
-        .collect();
-    payload.push(0);
-    guest.send(number::GET_CONFIG, &payload, None);
+    guest.send(number::GET_CONFIG, &mode_payload(0), None);
     guest.reply().await.unwrap().1[12]
+}
+
+async fn set_mode(guest: &FrontEnd, mode: u8) -> bool {
+    guest.ask(number::SET_CONFIG, &mode_payload(mode), None).await
+}
+
+fn mode_payload(mode: u8) -> Vec<u8> {
+    let header = [WRITEBACK_AT, 1, 0].into_iter().flat_map(u32::to_ne_bytes);
+    header.chain([mode]).collect()
 }
 
 #[test]
@@ -136,12 +140,7 @@ fn a_write_is_durable_before_it_is_acknowledged_unless_the_guest_has_a_cache_to_
             guest.agree(features).await;
             assert!(guest.pass_memory().await && guest.start_queue(0).await);
             if let Some(writeback) = writeback {
-                let mut payload: Vec<u8> = [WRITEBACK_AT, 1, 0]
-                    .iter()
-                    .flat_map(|word| word.to_ne_bytes())
-                    .collect();
-                payload.push(writeback);
-                assert!(guest.ask(number::SET_CONFIG, &payload, None).await);
+                assert!(set_mode(&guest, writeback).await);
             }
             if features & feature::BLK_CONFIG_WCE != 0 {
                 assert_eq!(mode_of(&guest).await, u8::from(!fua), "{features:#x}");
@@ -168,12 +167,7 @@ fn a_guest_that_has_moved_writes_through_until_it_says_otherwise() {
         assert!(guest.pass_memory().await && guest.start_queue(0).await);
         assert_eq!(mode_of(&guest).await, 0);
         assert_eq!(guest.carry_out(0, WRITE, 0, 512).await, 0);
-        let mut payload: Vec<u8> = [WRITEBACK_AT, 1, 0]
-            .iter()
-            .flat_map(|word| word.to_ne_bytes())
-            .collect();
-        payload.push(1);
-        assert!(guest.ask(number::SET_CONFIG, &payload, None).await);
+        assert!(set_mode(&guest, 1).await);
         assert_eq!(guest.carry_out(3, WRITE, 0, 512).await, 0);
         assert_eq!(
             *attachment.device.log.borrow(),
