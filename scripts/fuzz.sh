@@ -41,10 +41,10 @@ for target in "${targets[@]}"; do
     say "$target for $minutes min; the log is $log"
     nice cargo fuzz run "${options[@]}" "$target" "$corpus" "tests/fuzz/seeds/$target" -- \
         -max_total_time=$((minutes * 60)) -rss_limit_mb=1024 -timeout=60 -detect_leaks=0 >"$log" 2>&1 || status=1
-    counters=$(sed -n 's/.*modules *(\([0-9]*\) inline.*/\1/p' "$log" | head -n 1)
+    counters=$(sed -n 's/.*modules *(\([0-9]*\) inline.*/\1/p' "$log" | sed -n 1p)
     last=$(grep -a 'DONE *cov:' "$log" | tail -n 1 || true)
     if [ "$status" -ne 0 ]; then
-        grep -a -A 2 'panicked at\|ERROR: \|SUMMARY: ' "$log" | head -n 12 >&2 || true
+        grep -a -A 2 'panicked at\|ERROR: \|SUMMARY: ' "$log" | sed -n 1,12p >&2 || true
         say "$target has found something: $(grep -a -o 'Test unit written to .*' "$log" || echo "see $log")" >&2
         say "again: RUSTC_BOOTSTRAP=1 cargo fuzz run ${options[*]} $target THAT-FILE" >&2
         exit 1

@@ -25,7 +25,7 @@ fail() { echo "setup: $*" >&2; exit 1; }
 command -v cargo >/dev/null || fail "cargo is not installed; install Rust first: https://rustup.rs"
 rust_needed=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 rust_there=$(rustc --version | cut -d' ' -f2)
-if [ "$(printf '%s\n' "$rust_needed" "${rust_there%%-*}" | sort -V | head -n 1)" != "$rust_needed" ]; then
+if [ "$(printf '%s\n' "$rust_needed" "${rust_there%%-*}" | sort -V | sed -n 1p)" != "$rust_needed" ]; then
     fail "Rust $rust_there is older than the $rust_needed that is needed; run: rustup update stable"
 fi
 cargo fmt --version >/dev/null 2>&1 || fail "rustfmt is not installed; run: rustup component add rustfmt"
@@ -48,7 +48,7 @@ find_missing() {
 
 # Distributions may build fio without it.
 check_fio() {
-    fio --enghelp | grep -qw nbd || fail "this fio ($(command -v fio)) has no nbd engine; install the distribution's: apt-get install fio"
+    grep -qw nbd <<<"$(fio --enghelp)" || fail "this fio ($(command -v fio)) has no nbd engine; install the distribution's: apt-get install fio"
 }
 
 find_missing
@@ -71,11 +71,11 @@ fi
 # Where another part of QEMU came from backports, Debian's own does not fit it: versions must be equal.
 from_suite=()
 if [[ " ${missing_packages[*]} " == *" qemu-"* ]]; then
-    backport=$(dpkg-query --show --showformat '${Version}\n' 'qemu-*' 2>/dev/null | grep -m1 -o 'bpo[0-9]*' || true)
+    backport=$(dpkg-query --show --showformat '${Version}\n' 'qemu-*' 2>/dev/null | grep -o 'bpo[0-9]*' | sed -n 1p || true)
     if [ -n "$backport" ]; then
         suite=$(. /etc/os-release && echo "$VERSION_CODENAME-backports")
         from_suite=(--target-release "$suite")
-        if ! apt-cache policy | grep -q "a=[a-z-]*backports\|n=$suite"; then
+        if ! grep -q "a=[a-z-]*backports\|n=$suite" <<<"$(apt-cache policy)"; then
             say "the installed QEMU is a backport: adding the suite $suite"
             echo "deb http://deb.debian.org/debian $suite main" \
                 | "${as_root[@]}" tee "/etc/apt/sources.list.d/vold-$suite.list" >/dev/null

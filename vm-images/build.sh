@@ -44,7 +44,7 @@ kernel_package() {
     local meta package
     for meta in "linux-image-cloud-$arch" linux-image-virtual; do
         package=$(apt-cache depends --no-recommends "$meta" 2>/dev/null \
-            | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1)
+            | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)/\1/p' | sed -n 1p)
         [ -z "$package" ] || { echo "$package"; return; }
     done
     return 1
@@ -150,11 +150,11 @@ unpacked() { PATH="$work/packages/bin:$work/packages/sbin:$work/packages/usr/bin
 
 kernel_version=${kernel#linux-image-}
 module_tree=$(echo "$work"/packages{,/usr}/lib/modules/"$kernel_version" | tr ' ' '\n' | while read -r d; do
-    [ ! -d "$d" ] || echo "$d"; done | head -n 1)
+    [ ! -d "$d" ] || echo "$d"; done | sed -n 1p)
 [ -n "$module_tree" ] || fail "$kernel has no modules in it"
 
 find_module() {
-    find "$module_tree" -name "$1.ko*" -o -name "${1//_/-}.ko*" -o -name "${1//-/_}.ko*" | sort | head -n 1
+    find "$module_tree" -name "$1.ko*" -o -name "${1//_/-}.ko*" -o -name "${1//-/_}.ko*" | sort | sed -n 1p
 }
 
 # Copies a module uncompressed, after those it needs, under a name that says when it is loaded.
@@ -165,7 +165,7 @@ add_module() {
     loaded+="$name "
     file=$(find_module "$name")
     if [ -z "$file" ]; then
-        tr - _ <"$module_tree/modules.builtin" | grep -q "/$name\.ko" || fail "$kernel has no module $name"
+        grep -q "/${name//_/[-_]}\.ko" "$module_tree/modules.builtin" || fail "$kernel has no module $name"
         return 0
     fi
     case $file in
