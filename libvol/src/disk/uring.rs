@@ -360,11 +360,10 @@ impl Core {
         let wait = if attended { wait } else { Wait::No };
         let wait = match wait {
             Wait::No => Wait::No,
-            Wait::Forever => {
-                self.look(Duration::MAX);
-                Wait::Forever
-            }
-            Wait::AtMost(limit) => Wait::AtMost(limit.saturating_sub(self.look(limit))),
+            Wait::Forever | Wait::AtMost(_) => match self.look(wait) {
+                Some(rest) => rest,
+                None => return Ok(()),
+            },
         };
         let submitter = self.ring.submitter();
         let entered = match wait {
@@ -395,27 +394,40 @@ impl Core {
         }
     }
 
-    /// Looks for completions for a while, where that is likely to be cheaper than a sleep; gives how long.
-    fn look(&mut self, at_most: Duration) -> Duration {
+    /// Looks for completions for a while, where that is likely to be cheaper than a sleep. Gives what is left to wait, or
+    /// nothing when there are some to collect and all is submitted.
+    fn look(&mut self, wait: Wait) -> Option<Wait> {
         let Some(limit) = self.busy.before_sleep(self.transfers) else {
-            return Duration::ZERO;
+            return Some(wait);
         };
-        // What this says, the entry that follows says again.
-        let _ = self.ring.submitter().submit();
+        let at_most = match wait {
+            Wait::AtMost(at_most) => at_most,
+            _ => Duration::MAX,
+        };
+        // Also runs what has been deferred, if there is any. What it says when it fails, the entry that follows says again.
+        let submitted = self.ring.submitter().submit().is_ok();
         let start = Instant::now();
-        loop {
-            let found = !self.ring.completion().is_empty() || self.ring.submission().taskrun();
+        let took = loop {
+            let ready = !self.ring.completion().is_empty();
+            let found = ready || self.ring.submission().taskrun();
             let took = start.elapsed();
             if found || took >= limit {
                 self.busy.ended(found, took);
-                return took;
+                if ready && submitted {
+                    return None;
+                }
+                break took;
             }
             // A timer is due, which tells nothing of completions.
             if took >= at_most {
-                return took;
+                break took;
             }
             std::hint::spin_loop();
-        }
+        };
+        Some(match wait {
+            Wait::AtMost(at_most) => Wait::AtMost(at_most.saturating_sub(took)),
+            other => other,
+        })
     }
 
     /// Takes the next completions, and starts again what the kernel turned away. Those left over end the next wait at once.
