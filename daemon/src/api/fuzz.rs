@@ -5,7 +5,7 @@
 //! Calls change the daemon, so a call may do something else than it would in a new one; it is made anew every now and then, and
 //! a run that fails prints all calls since.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -13,17 +13,13 @@ use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::extract::ConnectInfo;
 use axum::http::{Method, Request, StatusCode, Uri};
-use libvol::catalog::Catalog;
 use libvol::control::{Attachment, ErrorBody, List, StoreAdd, Vm};
-use libvol::disk::EngineChoice;
-use libvol::keys::LocalKeystore;
 use serde_json::Value;
 use tower_service::Service;
 
 use super::peer::Peer;
 use super::routes;
-use crate::data_dir::DataDir;
-use crate::operations::{Operations, Settings};
+use crate::operations::Operations;
 use crate::process::own_uid;
 
 /// Calls of one input; what follows is left out.
@@ -172,7 +168,9 @@ impl Daemon {
             .expect("a directory");
         let stores = dir.path().join("stores");
         std::fs::create_dir(&stores).expect("a directory");
-        let operations = runtime.block_on(start_operations(dir.path().join("data")));
+        let operations = runtime
+            .block_on(Operations::start_in(&dir.path().join("data"), 1))
+            .expect("a new daemon");
         let mut daemon = Self {
             router: routes::router(operations.clone()),
             runtime,
@@ -273,23 +271,6 @@ impl Drop for Daemon {
             eprintln!("calls since the daemon was new:\n\n{}", self.log.join("\n\n"));
         }
     }
-}
-
-async fn start_operations(data: PathBuf) -> Arc<Operations> {
-    let dirs = DataDir::take(&data).expect("a directory of its own");
-    let catalog = Catalog::open(&dirs.catalog()).expect("a new catalog");
-    let keys = Arc::new(LocalKeystore::open_or_create(&dirs.keys()).expect("a new keystore"));
-    Operations::start(
-        dirs,
-        catalog,
-        keys,
-        1,
-        EngineChoice::Threads,
-        Settings::default(),
-        crate::passed::PassedDoors::default(),
-    )
-    .await
-    .expect("a new daemon")
 }
 
 fn check_shape(status: StatusCode, answer: &[u8], what: &str) {

@@ -3,10 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use libvol::catalog::Catalog;
 use libvol::control::{self, ErrorBody, List};
-use libvol::disk::EngineChoice;
-use libvol::keys::LocalKeystore;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -15,8 +12,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::Server;
-use crate::data_dir::DataDir;
-use crate::operations::{Operations, Settings};
+use crate::operations::Operations;
 
 /// A daemon without its process.
 struct Daemon {
@@ -33,21 +29,8 @@ impl Daemon {
     }
 
     async fn start_in(dir: tempfile::TempDir) -> Self {
-        let dirs = DataDir::take(dir.path()).unwrap();
-        let socket = dirs.api_socket();
-        let catalog = Catalog::open(&dirs.catalog()).unwrap();
-        let keys = Arc::new(LocalKeystore::open_or_create(&dirs.keys()).unwrap());
-        let operations = Operations::start(
-            dirs,
-            catalog,
-            keys,
-            2,
-            EngineChoice::Threads,
-            Settings::default(),
-            crate::passed::PassedDoors::default(),
-        )
-        .await
-        .unwrap();
+        let operations = Operations::start_in(dir.path(), 2).await.unwrap();
+        let socket = dir.path().join("api.sock");
         let server = Server::bind(&socket, operations.clone()).unwrap();
         let (stop, stopped) = oneshot::channel();
         let serving = tokio::spawn(async move {

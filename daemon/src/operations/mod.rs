@@ -327,9 +327,7 @@ mod tests {
     use libvol::Kind;
     use libvol::catalog::Phase;
     use libvol::control::{self, Protocol};
-    use libvol::disk::EngineChoice;
     use libvol::ids::Epoch;
-    use libvol::keys::LocalKeystore;
 
     use super::*;
 
@@ -365,20 +363,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn who_waits_for_a_volume_whose_name_passes_to_another_does_nothing_to_that_one() {
         let dir = tempfile::tempdir().unwrap();
-        let dirs = DataDir::take(dir.path()).unwrap();
-        let catalog = Catalog::open(&dirs.catalog()).unwrap();
-        let keys = Arc::new(LocalKeystore::open_or_create(&dirs.keys()).unwrap());
-        let operations = Operations::start(
-            dirs,
-            catalog,
-            keys,
-            1,
-            EngineChoice::Threads,
-            Settings::default(),
-            PassedDoors::default(),
-        )
-        .await
-        .unwrap();
+        let operations = Operations::start_in(dir.path(), 1).await.unwrap();
         let name: Name = "acme".parse().unwrap();
         operations
             .customer_create(control::CustomerCreate { name: name.clone() })

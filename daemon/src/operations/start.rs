@@ -86,6 +86,28 @@ impl Operations {
         Ok(operations)
     }
 
+    /// A daemon without its process, with its own catalog and keystore in that directory.
+    ///
+    /// # Errors
+    /// As [`Operations::start`].
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) async fn start_in(data: &std::path::Path, shard_count: usize) -> Result<Arc<Self>> {
+        let dirs = DataDir::take(data)?;
+        let catalog = Catalog::open(&dirs.catalog())?;
+        let keys = Arc::new(libvol::keys::LocalKeystore::open_or_create(&dirs.keys())?);
+        let (engine, settings) = (libvol::disk::EngineChoice::Threads, Settings::default());
+        Self::start(
+            dirs,
+            catalog,
+            keys,
+            shard_count,
+            engine,
+            settings,
+            PassedDoors::default(),
+        )
+        .await
+    }
+
     /// Serves NBD over TCP, if there are addresses; where.
     ///
     /// # Errors
