@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use vold_tests::content::bytes;
@@ -122,6 +123,13 @@ fn nbd_server_cve_2013_7441_a_client_that_leaves_during_negotiation() {
     served.is_unharmed();
 }
 
+/// To a thread, if it is still there.
+fn kill_thread(process: Pid, thread: i32, signal: Signal) {
+    let process = process.as_raw_nonzero().get();
+    // SAFETY: numbers alone.
+    unsafe { libc::syscall(libc::SYS_tgkill, process, thread, signal.as_raw()) };
+}
+
 #[test]
 fn nbd_server_cve_2015_0847_signals() {
     // It was: signal handlers called what must not be called in one, and the server could lock up.
@@ -135,6 +143,11 @@ fn nbd_server_cve_2015_0847_signals() {
                 client.write(seed * 4096, &bytes(seed, 4096)).unwrap();
             }
         });
+        // To the process, for which the kernel takes a thread that waits, and to each thread, in the middle of whatever it does.
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", served.vold.pid())).unwrap();
+        let threads: Vec<i32> = tasks
+            .map(|task| task.unwrap().file_name().to_str().unwrap().parse().unwrap())
+            .collect();
         while !clients.is_finished() {
             for signal in [
                 Signal::CHILD,
@@ -144,6 +157,9 @@ fn nbd_server_cve_2015_0847_signals() {
                 Signal::CONT,
             ] {
                 kill(signal);
+                threads
+                    .iter()
+                    .for_each(|thread| kill_thread(pid, *thread, signal));
             }
             std::thread::yield_now();
         }
@@ -152,10 +168,18 @@ fn nbd_server_cve_2015_0847_signals() {
     // The one that ends it may come as often as it likes, while clients are there: it ends once, and cleanly.
     let _idle: Vec<Haggle> = (0..5).map(|_| served.haggle()).collect();
     let _client = Client::connect(&served.uri);
-    for _ in 0..50 {
-        kill(Signal::TERM);
-        kill(Signal::INT);
-    }
+    let stat = format!("/proc/{}/stat", served.vold.pid());
+    wait_for("the process has ended", || {
+        for _ in 0..50 {
+            kill(Signal::TERM);
+            kill(Signal::INT);
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        std::fs::read_to_string(&stat)
+            .unwrap()
+            .contains(") Z ")
+            .then_some(())
+    });
     served.vold.stop();
     served.vold.check_is_clean();
     served.vold.restart();
