@@ -43,11 +43,13 @@ fn nbd_server_cve_2005_3534_a_request_longer_than_its_buffer() {
         assert_eq!(client.command(CMD_READ, 0, 0, len), Err(EINVAL), "{len}");
         assert_eq!(client.read(4096, 1).unwrap(), [0]);
     }
-    // Longer writes end it, before anything of them is written.
+    // Longer writes end it, before anything of them is written, or taken.
+    let longer = vec![0xee; PAYLOAD_MAX as usize + 28];
     for len in [PAYLOAD_MAX + 1, PAYLOAD_MAX + 28, u32::MAX - 27, u32::MAX] {
         let mut stream = Client::connect(&uri).into_stream();
         stream.write_all(&request_bytes(CMD_WRITE, 0, 7, 0, len)).unwrap();
-        let _ = stream.write_all(&[0xee; 4096]);
+        let taken = stream.write_all(&longer[..longer.len().min(len as usize)]);
+        assert!(taken.is_err(), "{len}: the payload is taken");
         assert_eq!(stream.read(&mut [0; 16]).unwrap_or(0), 0, "{len}: no answer");
     }
     assert_eq!(Client::connect(&uri).read(0, 4097).unwrap(), [0; 4097]);
@@ -299,6 +301,8 @@ fn libnbd_cve_2022_0485_an_error_that_is_read_as_success() {
     limit("8388608");
     let refused = (40..56).filter(|mib| client.write(mib * MIB, &content[..MIB as usize]) == Err(EIO));
     assert!(refused.count() > 8, "writes beyond the limit fail, and say so");
+    let refused = (40..56).filter(|mib| client.write_zeroes(mib * MIB, MIB as u32, NO_HOLE) == Err(EIO));
+    assert!(refused.count() > 8, "so do zeros that are written");
     let source = vold.path("source");
     random_file(&source, 5, 80 << 20);
     let source = source.to_str().unwrap().to_owned();
