@@ -354,7 +354,7 @@ fn only_once(attached: &Value) -> Value {
         .collect()
 }
 
-/// The image is put onto the volume over NBD, and booted over vhost-user (on an emulated CPU all but the boot loader).
+/// The image is put onto the volume over NBD, and booted over vhost-user.
 #[test]
 #[ignore = "long; make test-full runs it"]
 fn a_guest_boots_over_vhost_user_and_another_vms_user_does_not() {
@@ -367,7 +367,7 @@ fn a_guest_boots_over_vhost_user_and_another_vms_user_does_not() {
     vold.ctl("detach acme/vol --vm vm1");
     let attached = Via::VhostUser.attach(&vold);
     let boots = |expected: u32| {
-        let mut guest = Machine::booting_over_vhost_user(&vold.path(""), "booted")
+        let mut guest = Machine::booting_by_uefi(&vold.path(""))
             .with(&attached["qemu_args"])
             .start();
         let counted: u32 = guest.says("it counts its boots", |said| {
