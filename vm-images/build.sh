@@ -2,7 +2,8 @@
 # Makes the guests of the tests from distribution packages alone, and prints the directory they are in:
 #
 #   vm-images/build.sh guest    kernel, initramfs            a guest for qemu -kernel … -initrd …
-#   vm-images/build.sh disk     the same, and disk.img       a disk that a BIOS boots, to be copied onto a volume
+#   vm-images/build.sh disk     the same, disk.img           a disk that a BIOS and UEFI boot, to be copied onto a volume
+#                               and firmware                 UEFI for qemu -bios …
 #
 # Cached: the directory's name holds a hash of the recipe and of every package's version. Reproducible: the same recipe
 # and packages give the same bytes. $VOLD_VM_IMAGES says where (default target/vm-images). README.md explains the rest.
@@ -32,7 +33,7 @@ programs=("${disk_programs[@]}" fio)
 modules=(virtio_pci virtio_blk virtio_net virtio_rng ext4 nbd)
 # Packages that are only unpacked here, never installed: the kernel, and what makes an initramfs and a bootable disk.
 tools=(cpio)
-[ "$what" = guest ] || tools+=(syslinux syslinux-common mtools dosfstools)
+[ "$what" = guest ] || tools+=(syslinux syslinux-common systemd-boot-efi ovmf mtools dosfstools)
 if [ "$what" = disk ] && [ "$arch" != amd64 ]; then
     fail "the disk's boot loader (syslinux) is for x86-64; README.md has the steps for $arch"
 fi
@@ -223,9 +224,10 @@ pack "$work/root" >"$work/base"
 
 # ---- the disk -------------------------------------------------------------------------------------------------------
 
-# | sector 0: MBR | 1 MiB: FAT with syslinux, kernel, initramfs (64 MiB) | 65 MiB: ext4, labelled root (31 MiB) |
+# | sector 0: MBR | 1 MiB: FAT with syslinux, systemd-boot, kernel, initramfs (64 MiB) | 65 MiB: ext4, labelled root (31 MiB) |
 make_disk() {
     local mib=1048576 fat=$work/fat ext=$work/ext disk=$work/out/disk.img boot=$work/packages
+    local options="console=ttyS0,115200 loglevel=4 panic=-1 no_timer_check vold.test=booted"
     gzip -9 --no-name <"$work/base" >"$work/initramfs.gz"
     cat >"$work/syslinux.cfg" <<CFG
 serial 0 115200
@@ -233,12 +235,26 @@ default vold
 label vold
   linux /kernel
   initrd /initramfs.gz
-  append console=ttyS0,115200 loglevel=4 panic=-1 no_timer_check vold.test=booted
+  append $options
 CFG
+    cp "$boot/usr/lib/systemd/boot/efi/systemd-bootx64.efi" "$work/BOOTX64.EFI"
+    echo "timeout 0" >"$work/loader.conf"
+    cat >"$work/vold.conf" <<CFG
+linux /kernel
+initrd /initramfs.gz
+options $options
+CFG
+    cp "$boot/usr/share/ovmf/OVMF.fd" "$work/out/firmware"
     truncate --size=64M "$fat"
     unpacked mkfs.fat -F 32 -i 564f4c44 -n BOOT --invariant -h 2048 "$fat" >/dev/null
-    touch --date="@$SOURCE_DATE_EPOCH" "$work/out/kernel" "$work/initramfs.gz" "$work/syslinux.cfg"
+    touch --date="@$SOURCE_DATE_EPOCH" "$work/out/kernel"
+    touch --date="@$SOURCE_DATE_EPOCH" "$work"/{initramfs.gz,syslinux.cfg,BOOTX64.EFI,loader.conf,vold.conf}
     unpacked mcopy -m -i "$fat" "$work/out/kernel" "$work/initramfs.gz" "$work/syslinux.cfg" ::
+    # Where UEFI looks when nobody has told it a boot loader; and where this one looks.
+    unpacked mmd -i "$fat" ::/EFI ::/EFI/BOOT ::/loader ::/loader/entries
+    unpacked mcopy -m -i "$fat" "$work/BOOTX64.EFI" ::/EFI/BOOT
+    unpacked mcopy -m -i "$fat" "$work/loader.conf" ::/loader
+    unpacked mcopy -m -i "$fat" "$work/vold.conf" ::/loader/entries
     unpacked syslinux --install "$fat"
     truncate --size=31M "$ext"
     E2FSPROGS_FAKE_TIME=$SOURCE_DATE_EPOCH mke2fs -q -F -t ext4 -L root -U 566f6c64-0000-4000-8000-000000000001 \

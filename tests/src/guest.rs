@@ -61,14 +61,16 @@ impl Machine {
         }
     }
 
-    /// One that boots what is on its first drive, which comes over vhost-user. An emulated CPU (TCG) keeps translations of the code
-    /// that it has run, and does not learn that another process has written other code there: a boot loader that is read over
-    /// vhost-user, by any back-end, hangs. There the kernel comes from the host, and the script that the image runs finds the drive.
-    pub fn booting_over_vhost_user(directory: &Path, script: &str) -> Self {
-        match accelerator() {
-            "tcg" => Self::running(directory, script),
-            _ => Self::booting(directory),
-        }
+    /// The same by UEFI. A boot loader that comes over vhost-user needs it on an emulated CPU (TCG), which keeps translations of the code
+    /// that it has run and does not learn that another process has written other code there: SeaBIOS hangs, with any back-end,
+    /// and UEFI copies what it runs.
+    pub fn booting_by_uefi(directory: &Path) -> Self {
+        let mut machine = Self::booting(directory);
+        let firmware = image("disk").join("firmware");
+        machine
+            .qemu
+            .extend(["-bios".to_owned(), firmware.display().to_string()]);
+        machine
     }
 
     /// A drive, or anything else, by QEMU's arguments: the JSON list that `volctl attach` gives.

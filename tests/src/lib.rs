@@ -16,6 +16,7 @@
 //! | [`content`] | seeded bytes to write and to find again |
 //! | [`devices`] | loop devices, mounted file systems |
 //! | [`guest`] | virtual machines whose kernel uses a volume: QEMU, its console, QMP |
+//! | [`transport`] | the ways in which a volume gets to such a machine |
 //! | [`sim`] | the engine's real code over simulated disks: power cuts, damage, an oracle |
 //!
 //! Suites are in `tests/`, one property a file. Nothing here waits for a time: it waits for conditions, with a generous
@@ -33,6 +34,7 @@ pub mod raw;
 pub mod sim;
 pub mod tls;
 pub mod tools;
+pub mod transport;
 pub mod vhost;
 pub mod vold;
 

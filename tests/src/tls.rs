@@ -4,6 +4,7 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 
 use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
@@ -43,22 +44,11 @@ impl Tls {
     /// `acme/vol` of that size on so many stores, attached to `vm1`, and what attach said. `more` goes to the daemon. No
     /// certificates of VMs yet.
     pub fn serving(replicas: usize, store_size: &str, volume_size: &str, more: &[&str]) -> (Self, Value) {
-        let mut vold = Vold::not_started(None);
-        let pki = vold.path("pki");
-        vold.ctl(&format!(
-            "tls init --dir {} --server localhost --server 127.0.0.1",
-            pki.display()
-        ));
-        let mut command = vold.serve_command();
-        command.args(more);
-        command.args(["--listen", "127.0.0.1:0", "--tls-dir"]).arg(&pki);
-        vold.restart_with(command);
+        let vold = daemon(more);
         vold.with_volume(replicas, store_size, volume_size);
         let attached = vold.ctl("attach acme/vol --vm vm1");
-        let uri = attached["over_tls"][0]["uri"].as_str().expect("a URI");
-        let port = uri.split(':').next_back().and_then(|rest| rest.split('/').next());
         let tls = Self {
-            port: port.and_then(|port| port.parse().ok()).expect("a port"),
+            port: port(&attached),
             vold,
         };
         (tls, attached)
@@ -66,7 +56,7 @@ impl Tls {
 
     /// The authority's directory, which is also the server's.
     pub fn pki(&self) -> PathBuf {
-        self.vold.path("pki")
+        pki(&self.vold)
     }
 
     /// Directory of a VM's certificate.
@@ -83,11 +73,7 @@ impl Tls {
 
     /// Has an authority issue a certificate, with more arguments.
     pub fn issue_by(&self, pki: &Path, customer: &str, vm: &str, out: &Path, more: &str) {
-        self.vold.ctl(&format!(
-            "tls issue --dir {} --customer {customer} --vm {vm} --out {} {more}",
-            pki.display(),
-            out.display()
-        ));
+        issue_by(&self.vold, pki, customer, vm, out, more);
     }
 
     /// A certificate for the same VM from an authority of the same kind that vold does not know.
@@ -196,6 +182,58 @@ impl Tls {
             self.pki().display()
         ));
     }
+}
+
+/// A daemon that listens on some port of 127.0.0.1, with an authority of its own. `more` goes to the daemon.
+pub fn daemon(more: &[&str]) -> Vold {
+    let mut vold = Vold::not_started(None);
+    vold.ctl(&format!(
+        "tls init --dir {} --server localhost --server 127.0.0.1",
+        pki(&vold).display()
+    ));
+    vold.restart_with(serve_command(&vold, 0, more));
+    vold
+}
+
+/// What such a daemon is called with, to listen on that port (0: on any).
+pub fn serve_command(vold: &Vold, port: u16, more: &[&str]) -> Command {
+    let mut command = vold.serve_command();
+    command.args(more).arg("--listen");
+    command.arg(format!("127.0.0.1:{port}"));
+    command.arg("--tls-dir").arg(pki(vold));
+    command
+}
+
+/// The port of an attachment.
+///
+/// # Panics
+/// When it is not to be had over TLS.
+pub fn port(attached: &Value) -> u16 {
+    let uri = attached["over_tls"][0]["uri"].as_str().expect("a URI");
+    let port = uri.split(':').next_back().and_then(|rest| rest.split('/').next());
+    port.and_then(|port| port.parse().ok()).expect("a port")
+}
+
+/// Directory of a VM's certificate, which is issued if it is not there.
+pub fn certificate(vold: &Vold, customer: &str, vm: &str) -> PathBuf {
+    let out = vold.path(&format!("{customer}-{vm}"));
+    if !out.exists() {
+        issue_by(vold, &pki(vold), customer, vm, &out, "");
+    }
+    out
+}
+
+/// The directory of the daemon's authority.
+fn pki(vold: &Vold) -> PathBuf {
+    vold.path("pki")
+}
+
+fn issue_by(vold: &Vold, pki: &Path, customer: &str, vm: &str, out: &Path, more: &str) {
+    vold.ctl(&format!(
+        "tls issue --dir {} --customer {customer} --vm {vm} --out {} {more}",
+        pki.display(),
+        out.display()
+    ));
 }
 
 /// Trusts that authority, and shows the certificate in that directory.

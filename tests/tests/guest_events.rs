@@ -1,124 +1,16 @@
 //! What happens to a guest's disk while the guest uses it: it grows, is unplugged, loses its machine, its daemon or a
-//! replica, and is booted from. Over QEMU's NBD driver and over vhost-user.
+//! replica, and is booted from. Over QEMU's NBD driver, over vhost-user and, where it needs nothing of its own, through the kernel's
+//! NBD client (what does is in guest_kernel_nbd.rs).
 
 use serde_json::{Value, json};
 use vold_tests::guest::{Guest, Machine, image, nbd_blockdev};
 use vold_tests::tls::Tls;
 use vold_tests::tools::{run, succeed, tool};
+use vold_tests::transport::{Names, Via, qemu_args};
 use vold_tests::vold::parse_uri;
 use vold_tests::{Vold, wait_for};
 
 const MIB: u64 = 1 << 20;
-
-/// How the volume gets to the machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Via {
-    Nbd,
-    VhostUser,
-}
-
-impl Via {
-    fn attach(self, vold: &Vold) -> Value {
-        match self {
-            Via::Nbd => vold.ctl("attach acme/vol --vm vm1"),
-            Via::VhostUser => vold.ctl("attach acme/vol --vm vm1 --via vhost-user"),
-        }
-    }
-
-    /// `acme/vol` on two replicas, attached to `vm1`, and what attach said.
-    fn attached(self, size: &str) -> (Vold, Value) {
-        let vold = Vold::start();
-        vold.with_detached_volume(2, "256M", size);
-        let attached = self.attach(&vold);
-        (vold, attached)
-    }
-
-    /// Takes the disk out of a running machine.
-    fn unplug(self, guest: &mut Guest, attached: &Value) {
-        match self {
-            Via::Nbd => {
-                let names = Names::of(attached);
-                remove_device(guest, &names.device);
-                guest.qmp("blockdev-del", json!({"node-name": names.drive}));
-                guest.qmp("blockdev-del", json!({"node-name": names.connection}));
-            }
-            Via::VhostUser => {
-                remove_device(guest, &of_device(attached, "id="));
-                guest.qmp("chardev-remove", json!({"id": of_device(attached, "chardev=")}));
-            }
-        }
-    }
-
-    /// Puts it into a running machine.
-    fn plug(self, guest: &mut Guest, attached: &Value) {
-        let device = match self {
-            Via::Nbd => {
-                guest.qmp("blockdev-add", nbd_blockdev(attached, "again"));
-                json!({"driver": "virtio-blk-pci", "drive": "again", "id": "again-disk"})
-            }
-            Via::VhostUser => {
-                let address = json!({"type": "unix", "data": {"path": attached["socket"]}});
-                let socket = json!({"addr": address, "server": false, "reconnect-ms": 100});
-                let backend = json!({"type": "socket", "data": socket});
-                guest.qmp("chardev-add", json!({"id": "again", "backend": backend}));
-                json!({"driver": "vhost-user-blk-pci", "chardev": "again", "id": "again-disk"})
-            }
-        };
-        guest.qmp("device_add", device);
-    }
-}
-
-fn remove_device(guest: &mut Guest, device: &str) {
-    guest.qmp("device_del", json!({"id": device}));
-    guest.event("DEVICE_DELETED", |data| data["device"] == device);
-}
-
-/// An option of attach's `-device`.
-fn of_device(attached: &Value, key: &str) -> String {
-    let arguments = texts(&attached["qemu_args"]);
-    let device = arguments
-        .iter()
-        .position(|word| *word == "-device")
-        .expect("a device");
-    let mut options = arguments[device + 1].split(',');
-    let value = options.find_map(|option| option.strip_prefix(key));
-    value.expect(key).to_owned()
-}
-
-fn machine(vold: &Vold, attached: &Value, script: &str) -> Machine {
-    Machine::running(&vold.path(""), script).with(&attached["qemu_args"])
-}
-
-fn texts(list: &Value) -> Vec<&str> {
-    list.as_array()
-        .unwrap()
-        .iter()
-        .map(|text| text.as_str().unwrap())
-        .collect()
-}
-
-/// QEMU's names from attach's arguments.
-struct Names {
-    connection: String,
-    drive: String,
-    device: String,
-}
-
-impl Names {
-    fn of(attached: &Value) -> Self {
-        let arguments: Vec<&str> = texts(&attached["qemu_args"]);
-        let find = |key: &str| {
-            let mut words = arguments.iter().flat_map(|argument| argument.split(','));
-            let value = words.find_map(|word| word.strip_prefix(key));
-            value.expect(key).to_owned()
-        };
-        Self {
-            connection: find("node-name="),
-            drive: find("drive="),
-            device: find("id="),
-        }
-    }
-}
 
 fn replicas_are_in_sync(vold: &Vold) {
     wait_for("both replicas are in sync", || {
@@ -141,7 +33,8 @@ fn is_clean_after(mut vold: Vold) {
 fn a_volume_grows_under_a_mounted_file_system() {
     let (mut vold, attached) = Via::Nbd.attached("48M");
     let (first, second) = (80 * MIB, 112 * MIB);
-    let mut guest = machine(&vold, &attached, "grow")
+    let mut guest = Via::Nbd
+        .machine(&vold, &attached, "grow")
         .parameter("sizes", format!("{first},{second}"))
         .start();
     let names = Names::of(&attached);
@@ -174,11 +67,11 @@ fn a_volume_grows_under_a_mounted_file_system() {
     is_clean_after(vold);
 }
 
-/// vold tells QEMU, and QEMU the guest: nobody else has to do anything.
-#[test]
-fn a_volume_over_vhost_user_grows_by_itself() {
-    let (vold, attached) = Via::VhostUser.attached("48M");
-    let mut guest = machine(&vold, &attached, "grow")
+/// Nobody does anything on the host but to resize it.
+fn grows_by_the_guest_alone(via: Via) {
+    let (vold, attached) = via.attached("48M");
+    let mut guest = via
+        .machine(&vold, &attached, "grow")
         .parameter("sizes", format!("{},{}", 80 * MIB, 112 * MIB))
         .start();
     for size in ["80M", "112M"] {
@@ -190,9 +83,22 @@ fn a_volume_over_vhost_user_grows_by_itself() {
     is_clean_after(vold);
 }
 
+/// vold tells QEMU, and QEMU the guest.
+#[test]
+fn a_volume_over_vhost_user_grows_by_itself() {
+    grows_by_the_guest_alone(Via::VhostUser);
+}
+
+/// The kernel does not ask for the size again: the guest unmounts, disconnects and connects.
+#[test]
+#[ignore = "long; make test-full runs it"]
+fn a_volume_of_the_kernels_nbd_client_grows_when_it_connects_anew() {
+    grows_by_the_guest_alone(Via::KernelNbd);
+}
+
 fn is_unplugged_and_plugged_in_again(via: Via) {
     let (vold, attached) = via.attached("64M");
-    let mut guest = machine(&vold, &attached, "replug").start();
+    let mut guest = via.machine(&vold, &attached, "replug").start();
     guest.is_at("unplug");
     via.unplug(&mut guest, &attached);
     wait_for("QEMU has let the volume go", || {
@@ -223,16 +129,22 @@ fn a_disk_over_vhost_user_is_unplugged_and_plugged_in_again() {
     is_unplugged_and_plugged_in_again(Via::VhostUser);
 }
 
+#[test]
+#[ignore = "long; make test-full runs it"]
+fn a_disk_of_the_kernels_nbd_client_is_unplugged_and_plugged_in_again() {
+    is_unplugged_and_plugged_in_again(Via::KernelNbd);
+}
+
 fn survives_kill_9_of_its_qemu(via: Via) {
     let (vold, attached) = via.attached("96M");
     for enough in [5, 40, 150] {
-        let mut guest = machine(&vold, &attached, "storm").start();
+        let mut guest = via.machine(&vold, &attached, "storm").start();
         let synced = guest.says("files are synced", |said| {
             let number: u64 = said.strip_prefix("synced ")?.parse().ok()?;
             (number >= enough).then_some(number)
         });
         guest.kill();
-        machine(&vold, &attached, "storm-check")
+        via.machine(&vold, &attached, "storm-check")
             .parameter("synced", synced)
             .start()
             .passes();
@@ -252,9 +164,15 @@ fn what_a_guest_has_synced_over_vhost_user_survives_kill_9_of_its_qemu() {
     survives_kill_9_of_its_qemu(Via::VhostUser);
 }
 
+#[test]
+#[ignore = "long; make test-full runs it"]
+fn what_the_kernels_nbd_client_has_synced_survives_kill_9_of_its_qemu() {
+    survives_kill_9_of_its_qemu(Via::KernelNbd);
+}
+
 /// Starts the script `load` and waits until it writes and verifies.
-fn loaded(vold: &Vold, attached: &Value) -> Guest {
-    let mut guest = machine(vold, attached, "load").start();
+fn loaded(via: Via, vold: &Vold, attached: &Value) -> Guest {
+    let mut guest = via.machine(vold, attached, "load").start();
     guest.is_at("load");
     guest
 }
@@ -268,7 +186,7 @@ fn another_round(guest: &mut Guest) {
 /// Killed and, every other time, stopped as it should be.
 fn notices_nothing_of_restarts(via: Via) {
     let (mut vold, attached) = via.attached("96M");
-    let mut guest = loaded(&vold, &attached);
+    let mut guest = loaded(via, &vold, &attached);
     for restarts in 0..4 {
         if restarts % 2 == 0 {
             vold.kill();
@@ -298,7 +216,7 @@ fn a_guest_under_load_over_vhost_user_notices_nothing_of_kill_9_of_vold() {
 
 /// A limit on file sizes makes the kernel refuse writes to the files of both stores; so one of them is a loop device.
 fn notices_nothing_of_a_replica_that_fails_and_comes_back(via: Via) {
-    let vold = Vold::start();
+    let vold = via.daemon();
     let backing = vold.path("image");
     std::fs::File::create(&backing)
         .unwrap()
@@ -315,7 +233,7 @@ fn notices_nothing_of_a_replica_that_fails_and_comes_back(via: Via) {
     vold.ctl("volume create acme/vol --size 96M --replicas 2");
     let attached = via.attach(&vold);
     vold.wait_until_scrubbed(&["a", "b"]);
-    let mut guest = loaded(&vold, &attached);
+    let mut guest = loaded(via, &vold, &attached);
     let limit_files = |limit: &str| {
         run(
             "prlimit",
@@ -356,6 +274,12 @@ fn a_guest_under_load_notices_nothing_of_a_replica_that_fails_and_comes_back() {
 #[ignore = "long; make test-full runs it"]
 fn a_guest_under_load_over_vhost_user_notices_nothing_of_a_replica_that_fails_and_comes_back() {
     notices_nothing_of_a_replica_that_fails_and_comes_back(Via::VhostUser);
+}
+
+#[test]
+#[ignore = "long; make test-full runs it"]
+fn a_guest_under_load_of_the_kernels_nbd_client_notices_nothing_of_a_replica_that_fails_and_comes_back() {
+    notices_nothing_of_a_replica_that_fails_and_comes_back(Via::KernelNbd);
 }
 
 #[test]
@@ -419,7 +343,7 @@ fn a_guest_boots_from_a_volume_and_another_customers_vm_does_not() {
 
 /// Attach's arguments, but QEMU does not try again when it cannot connect.
 fn only_once(attached: &Value) -> Value {
-    texts(&attached["qemu_args"])
+    qemu_args(attached)
         .iter()
         .map(|argument| {
             let options = argument
@@ -430,7 +354,7 @@ fn only_once(attached: &Value) -> Value {
         .collect()
 }
 
-/// The image is put onto the volume over NBD, and booted over vhost-user (on an emulated CPU all but the boot loader).
+/// The image is put onto the volume over NBD, and booted over vhost-user.
 #[test]
 #[ignore = "long; make test-full runs it"]
 fn a_guest_boots_over_vhost_user_and_another_vms_user_does_not() {
@@ -443,7 +367,7 @@ fn a_guest_boots_over_vhost_user_and_another_vms_user_does_not() {
     vold.ctl("detach acme/vol --vm vm1");
     let attached = Via::VhostUser.attach(&vold);
     let boots = |expected: u32| {
-        let mut guest = Machine::booting_over_vhost_user(&vold.path(""), "booted")
+        let mut guest = Machine::booting_by_uefi(&vold.path(""))
             .with(&attached["qemu_args"])
             .start();
         let counted: u32 = guest.says("it counts its boots", |said| {

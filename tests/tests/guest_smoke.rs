@@ -1,12 +1,12 @@
 //! A real guest kernel uses a volume, one test for each way it can get at it: files, fio's checksummed blocks, syncs, trim,
-//! and a reboot after which everything is there. The long tests of guests are in guest_events.rs.
+//! and a reboot after which everything is there. The long tests of guests are in guest_events.rs and guest_kernel_nbd.rs.
 
-use vold_tests::Vold;
-use vold_tests::guest::{Guest, Machine};
-use vold_tests::tls::Tls;
+use vold_tests::transport::Via;
 
 /// What the script `filesystem` does, watched from outside.
-fn uses_a_file_system(vold: &Vold, mut guest: Guest) {
+fn uses_a_file_system(via: Via) {
+    let (mut vold, attached) = via.attached("128M");
+    let mut guest = via.machine(&vold, &attached, "filesystem").start();
     let allocated = || vold.volume("acme/vol")["allocated_bytes"].as_u64().unwrap();
     guest.is_at("full");
     let full = allocated();
@@ -23,43 +23,21 @@ fn uses_a_file_system(vold: &Vold, mut guest: Guest) {
     for replica in vold.volume("acme/vol")["replicas"].as_array().unwrap() {
         assert_eq!(replica["state"], "in_sync", "{replica}");
     }
+    vold.stop();
+    vold.check_is_clean();
 }
 
 #[test]
 fn a_guest_uses_a_file_system_through_qemus_nbd_driver() {
-    let mut vold = Vold::start();
-    vold.with_volume(2, "256M", "128M");
-    let attached = vold.ctl("attach acme/vol --vm vm1");
-    let machine = Machine::running(&vold.path(""), "filesystem").with(&attached["qemu_args"]);
-    uses_a_file_system(&vold, machine.start());
-    vold.stop();
-    vold.check_is_clean();
+    uses_a_file_system(Via::Nbd);
 }
 
 #[test]
 fn a_guest_uses_a_file_system_through_vhost_user() {
-    let mut vold = Vold::start();
-    vold.with_detached_volume(2, "256M", "128M");
-    let attached = vold.ctl("attach acme/vol --vm vm1 --via vhost-user");
-    let machine = Machine::running(&vold.path(""), "filesystem").with(&attached["qemu_args"]);
-    uses_a_file_system(&vold, machine.start());
-    vold.stop();
-    vold.check_is_clean();
+    uses_a_file_system(Via::VhostUser);
 }
 
 #[test]
 fn a_guest_uses_a_file_system_through_its_kernels_nbd_client_over_tls() {
-    let (mut tls, _) = Tls::serving(2, "256M", "128M", &["--tls-1-2"]);
-    let certificate = tls.issue("acme", "vm1");
-    let mut machine = Machine::running(&tls.vold.path(""), "filesystem")
-        .network()
-        .parameter("transport", "nbd-client")
-        .parameter("port", tls.port)
-        .parameter("export", "acme/vol");
-    for file in ["ca-cert.pem", "client-cert.pem", "client-key.pem"] {
-        machine = machine.input(&certificate.join(file));
-    }
-    uses_a_file_system(&tls.vold, machine.start());
-    tls.vold.stop();
-    tls.vold.check_is_clean();
+    uses_a_file_system(Via::KernelNbd);
 }

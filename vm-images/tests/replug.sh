@@ -5,8 +5,8 @@ mount -t ext4 $disk /mnt
 dd if=/dev/urandom of=/mnt/file bs=1M count=8 2>/dev/null
 sha256sum /mnt/file >/tmp/sum
 umount /mnt
+disconnect
 at unplug
-gone() { ! find_disk >/dev/null; }
 until_true gone
 at replug
 connect
