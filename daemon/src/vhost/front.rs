@@ -23,7 +23,7 @@ use super::config::{RANGES_MAX, feature};
 use super::memory::{DirtyLog, GuestMemory};
 use super::message::config_has_changed;
 use super::meter::Meter;
-use super::queue::Job;
+use super::queue::{CallPlace, Job};
 use super::request::Rules;
 use super::sessions::Member;
 use super::{Export, SERIAL_BYTES};
@@ -225,6 +225,20 @@ impl<D: Device> Front<D> {
             );
         });
         self.cut_off();
+    }
+
+    /// The guest has broken a ring. Whoever wants to know of its faults is told, once and before the end (vhost-user,
+    /// VHOST_USER_SET_VRING_ERR); it cannot be waited for, nor helped, when that fails.
+    pub(super) fn fail_ring(&self, faults: &CallPlace, why: impl Display) {
+        if self.is_cut() {
+            return;
+        }
+        if let Some(faults) = &*faults.borrow()
+            && let Err(e) = self.meter.spend(|| faults.try_call())
+        {
+            tracing::debug!(volume = self.name(), "vhost-user: a fault cannot be told: {e}");
+        }
+        self.fail(why);
     }
 
     /// A request has failed at the volume; the guest gets an error.

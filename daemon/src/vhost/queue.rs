@@ -52,7 +52,7 @@ pub(super) const TOO_SLOW: &str = "to read its kicks, to call it and to answer i
 /// Bytes copied for a request before other tasks get a turn: some hundred microseconds.
 const BYTES_A_TURN: usize = 1 << 20;
 
-/// Where a queue calls; it is replaced while the queue runs.
+/// Where a queue calls, or tells of its faults; it is replaced while the queue runs.
 pub(super) type CallPlace = Rc<RefCell<Option<Call>>>;
 
 /// What a queue is started with.
@@ -69,6 +69,8 @@ pub(super) struct Setup {
     pub(super) kick: Kick,
     /// Where it calls.
     pub(super) call: CallPlace,
+    /// Where it tells that it is broken.
+    pub(super) faults: CallPlace,
 }
 
 /// A queue that has been started.
@@ -85,6 +87,7 @@ struct Queue<D> {
     /// Heads that an earlier back-end left.
     left: RefCell<VecDeque<u16>>,
     call: CallPlace,
+    faults: CallPlace,
     call_is_due: Cell<bool>,
     enabled: Cell<bool>,
     stopping: Cell<bool>,
@@ -107,6 +110,7 @@ impl<D: Device> Started<D> {
             mut area,
             kick,
             call,
+            faults,
         } = setup;
         let memory = front.memory();
         let event_idx = front.features() & feature::RING_EVENT_IDX != 0;
@@ -134,6 +138,7 @@ impl<D: Device> Started<D> {
             area: RefCell::new(area),
             left: RefCell::new(left.into()),
             call,
+            faults,
             call_is_due: Cell::new(false),
             enabled: Cell::new(true),
             stopping: Cell::new(false),
@@ -202,7 +207,7 @@ impl<D: Device> Queue<D> {
         loop {
             let news = self.news.get();
             match self.take_available().await {
-                Err(fault) => return self.front.fail(fault),
+                Err(fault) => return self.front.fail_ring(&self.faults, fault),
                 Ok(0) => in_vain += 1,
                 Ok(_) => in_vain = 0,
             }
@@ -337,7 +342,7 @@ impl<D: Device> Queue<D> {
                     self.front.fail(TOO_SLOW);
                 }
             }
-            Err(fault) => self.front.fail(fault),
+            Err(fault) => self.front.fail_ring(&self.faults, fault),
         }
     }
 }
@@ -366,7 +371,7 @@ impl<D: Device> Job<D> {
             return;
         }
         if let Err(fault) = performed.and_then(|status| self.answer(status)) {
-            front.fail(fault);
+            front.fail_ring(&self.queue.faults, fault);
         }
     }
 

@@ -108,6 +108,7 @@ struct Place<D> {
     enabled: bool,
     kick: Option<Kick>,
     call: CallPlace,
+    faults: CallPlace,
     area: Option<InflightArea>,
     started: Option<Started<D>>,
 }
@@ -121,6 +122,7 @@ impl<D> Default for Place<D> {
             enabled: false,
             kick: None,
             call: CallPlace::default(),
+            faults: CallPlace::default(),
             area: None,
             started: None,
         }
@@ -276,7 +278,7 @@ impl<D: Device> Session<D> {
                 return number(0);
             }
             // It would be told that there is something new in the log, which nobody waits for.
-            Message::SetLogFd | Message::SetVringErr { .. } => self.leavings.put_all(descriptors),
+            Message::SetLogFd => self.leavings.put_all(descriptors),
             Message::SetBackendReqFd => {
                 let socket = descriptor(&mut descriptors).ok_or("no socket")?;
                 self.set_backend_channel(socket)?;
@@ -346,6 +348,12 @@ impl<D: Device> Session<D> {
                     None => None,
                 };
                 let earlier = self.place(queue)?.call.replace(call);
+                drop(earlier);
+            }
+            Message::SetVringErr { queue, .. } => {
+                let faults = descriptor(&mut descriptors);
+                let faults = faults.map(|faults| Call::silent(faults, &self.signals, &self.leavings));
+                let earlier = self.place(queue)?.faults.replace(faults);
                 drop(earlier);
             }
             Message::SetVringEnable { queue, on } => {
@@ -610,13 +618,14 @@ impl<D: Device> Session<D> {
             area: place.area.take(),
             kick,
             call: place.call.clone(),
+            faults: place.faults.clone(),
         };
         let is_first = front.queues().count() == 0;
         match Started::new(&front, setup) {
             Ok(started) => place.started = Some(started),
             Err(why) => {
                 // What it was to be started with is gone.
-                front.fail(&why);
+                front.fail_ring(&place.faults, &why);
                 return Err(why.into());
             }
         }
