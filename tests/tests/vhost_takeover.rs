@@ -129,6 +129,67 @@ fn both_attachments_outlive_the_daemon_until_one_has_taken_over() {
     assert_eq!(attachments(&vold).len(), 1);
 }
 
+/// The source's front-end goes away with requests in flight, which go along with the machine's memory and the area.
+fn stopped_with_requests_in_flight(load: &mut Load) -> usize {
+    load.run(200);
+    load.push();
+    for queue in 0..load.front_end.queues.len() {
+        // QEMU's two messages.
+        load.front_end.enable_queue(queue, false).unwrap();
+        load.front_end.stop_queue(queue).unwrap();
+    }
+    load.take();
+    load.running.len()
+}
+
+fn leaving_requests() -> Shape {
+    Shape {
+        protocol: Shape::default().protocol | PF_GET_VRING_BASE_INFLIGHT,
+        ..Load::shape()
+    }
+}
+
+#[test]
+fn requests_that_a_stopped_source_leaves_in_flight_are_answered_once_by_the_target() {
+    let mut vold = Vold::start();
+    let first = vold.with_vhost_volume(2, STORE, "8M");
+    let mut load = Load::start_as(&first, leaving_requests(), "left in flight");
+    assert_ne!(load.front_end.protocol & PF_GET_VRING_BASE_INFLIGHT, 0);
+    let mut left = 0;
+    for _ in 0..scale(6, 60) {
+        let (_, next) = incoming(&vold);
+        left += stopped_with_requests_in_flight(&mut load);
+        load.front_end.reconnect(&next);
+        load.drain();
+        assert_eq!(attachments(&vold).len(), 1);
+    }
+    println!("{} answers, {left} of them by a target", load.answered);
+    assert!(left > 0, "something was left in flight");
+    vold.ctl("detach acme/vol --vm vm1");
+    load.is_right(&vold.attach("acme/vol", "vm1"));
+    vold.stop();
+    vold.check_is_clean();
+}
+
+/// A migration that fails: the source's machine runs on, and its queues start again over the connection that they had.
+#[test]
+fn requests_that_a_stopped_source_leaves_in_flight_are_answered_once_by_itself_when_it_goes_on() {
+    let vold = Vold::start();
+    let first = vold.with_vhost_volume(2, STORE, "8M");
+    let mut load = Load::start_as(&first, leaving_requests(), "goes on");
+    let mut left = 0;
+    for _ in 0..scale(6, 60) {
+        left += stopped_with_requests_in_flight(&mut load);
+        for queue in 0..load.front_end.queues.len() {
+            load.front_end.start_queue(queue).unwrap();
+        }
+        load.drain();
+    }
+    assert!(left > 0, "something was left in flight");
+    vold.ctl("detach acme/vol --vm vm1");
+    load.is_right(&vold.attach("acme/vol", "vm1"));
+}
+
 #[test]
 fn a_move_that_is_called_off_changes_nothing() {
     let vold = Vold::start();

@@ -295,6 +295,13 @@ impl<D: Device> Front<D> {
         self.start_waiting();
     }
 
+    /// Requests of which that is so never start.
+    pub(super) fn forget_waiting(&self, is_so: impl Fn(&Job<D>) -> bool) {
+        let (dropped, kept): (VecDeque<_>, VecDeque<_>) = self.waiting.take().into_iter().partition(is_so);
+        self.waiting.replace(kept);
+        drop(dropped);
+    }
+
     fn start_waiting(self: &Rc<Self>) {
         let cap = self.depth.borrow().cap();
         while self.running.get() < cap {

@@ -6,6 +6,7 @@ mod front_end;
 mod leaving;
 mod messages;
 mod requests;
+mod suspending;
 
 use std::future::Future;
 use std::os::unix::net::UnixStream;
