@@ -190,6 +190,46 @@ fn requests_that_a_stopped_source_leaves_in_flight_are_answered_once_by_itself_w
     load.is_right(&vold.attach("acme/vol", "vm1"));
 }
 
+/// The first socket goes right after the record, and before the first attachment has ended: the daemon dies there.
+#[test]
+fn a_daemon_killed_after_the_record_of_a_takeover_leaves_the_volume_to_the_second_alone() {
+    for round in 0..scale(3, 20) {
+        let mut vold = Vold::start();
+        let first = vold.with_vhost_volume(2, STORE, "8M");
+        let mut source = Load::start(&first, &format!("killed in between {round}"));
+        source.run(300);
+        let (before, second) = incoming(&vold);
+        let mut target = FrontEnd::greeted(&second, Load::shape());
+        source.push();
+        let starting = std::thread::spawn(move || {
+            // It may be too late to be told that it may.
+            let _ = target.start();
+            target
+        });
+        while first.exists() {
+            std::hint::spin_loop();
+        }
+        vold.kill();
+        let mut target = starting.join().unwrap();
+        source.front_end.wire.ends();
+        source.take();
+        vold.restart();
+        let attachments = attachments(&vold);
+        assert_eq!(attachments.len(), 1, "{attachments:?}");
+        assert_eq!(attachments[0]["socket"].as_str(), second.to_str());
+        assert_eq!(attachments[0]["epoch"], before["epoch"]);
+        assert!(Wire::connect(&first).is_err(), "the first leads nowhere");
+        target.reconnect(&second);
+        let left = all_that_was_left(&source, &mut target);
+        source.push();
+        source.front_end.queues.iter().for_each(Queue::kick);
+        assert!(all_that_was_left(&source, &mut target) == left);
+        assert_eq!(source.take(), 0, "the first answers nothing any more");
+        vold.stop();
+        vold.check_is_clean();
+    }
+}
+
 #[test]
 fn a_move_that_is_called_off_changes_nothing() {
     let vold = Vold::start();
