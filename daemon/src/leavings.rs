@@ -196,3 +196,47 @@ impl Drop for Incoming {
         self.leavings.put_all(self.last.take());
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::io::Write;
+    use std::net::{TcpListener, TcpStream};
+
+    use libvol::disk::{EngineChoice, make_driver};
+    use libvol::runtime::Runtime;
+    use rustix::event::{EventfdFlags, eventfd};
+    use rustix::net::sockopt::set_socket_linger;
+
+    use super::*;
+
+    /// A socket whose close takes some seconds, or until its peer goes: there is something in it that nobody receives.
+    pub(crate) fn lingering() -> (OwnedFd, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (peer, _) = listener.accept().unwrap();
+        set_socket_linger(&socket, Some(Duration::from_secs(10))).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        while socket.write(&[0; 65536]).is_ok() {}
+        (socket.into(), peer)
+    }
+
+    #[test]
+    fn a_close_that_takes_long_holds_up_nobody_but_its_own_attachment() {
+        for engine in [EngineChoice::Threads, EngineChoice::Uring] {
+            let (driver, _) = make_driver(engine).expect("both engines run where the tests run");
+            Runtime::new(driver).block_on(async {
+                let event = || eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+                let (hung, other) = (Leavings::default(), Leavings::default());
+                let (socket, peer) = lingering();
+                hung.put(socket);
+                assert_eq!(hung.len(), 1, "it was not closed here");
+                hung.put(event());
+                other.put(event());
+                other.all_closed().await;
+                assert_eq!(hung.len(), 2);
+                drop(peer);
+                hung.all_closed().await;
+            });
+        }
+    }
+}

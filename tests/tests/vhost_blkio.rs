@@ -9,7 +9,7 @@ use rand::seq::SliceRandom;
 use vold_tests::content::{bytes, seeded};
 use vold_tests::disk::{Ask, Disk};
 use vold_tests::nbd::Client;
-use vold_tests::vold::STORE;
+use vold_tests::vold::{Engine, STORE};
 use vold_tests::{Vold, scale, wait_for};
 
 const MIB: u64 = 1 << 20;
@@ -17,7 +17,10 @@ const MIB: u64 = 1 << 20;
 /// Writes different bytes all over the device, from all queues at once and as deep as they are, reads them again in another order,
 /// and once more over NBD.
 fn keeps_data(replicas: usize, queues: usize, depth: usize, request: usize) {
-    let vold = Vold::start();
+    keeps_data_on(&Vold::start(), replicas, queues, depth, request);
+}
+
+fn keeps_data_on(vold: &Vold, replicas: usize, queues: usize, depth: usize, request: usize) {
     let socket = vold.with_vhost_volume(replicas, STORE, "64M");
     let size = 64 * MIB;
     let mut rng = seeded("keeps_data");
@@ -114,6 +117,13 @@ fn four_queues_keep_blocks_at_depth_256() {
 fn four_queues_keep_large_and_small_requests() {
     for (depth, request) in [(1, 64 << 10), (16, 512), (4, 1 << 20)] {
         keeps_data(2, 4, depth, request);
+    }
+}
+
+#[test]
+fn the_thread_pool_keeps_what_four_queues_write() {
+    for request in [512, 4096, 1 << 20] {
+        keeps_data_on(&Vold::start_on(Engine::Threads), 2, 4, 8, request);
     }
 }
 

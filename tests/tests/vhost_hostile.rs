@@ -733,3 +733,44 @@ fn full_rings_of_large_requests() {
     drop(fe);
     street.is_unharmed();
 }
+
+/// Who wants to know which ring of a device its guest has broken passes an eventfd for it.
+#[test]
+fn a_ring_that_is_broken_is_told_to_who_asked_for_it_and_no_other_ring_is() {
+    let street = Street::new();
+    let shape = Shape {
+        queues: 2,
+        ..Shape::default()
+    };
+    for broken in [0, 1] {
+        let mut fe = FrontEnd::connect_as(street.socket(), shape);
+        let events = [new_eventfd(), new_eventfd()];
+        for (queue, event) in (0u64..).zip(&events) {
+            let payload = queue.to_le_bytes();
+            fe.wire.done(SET_VRING_ERR, &payload, &[event.as_fd()]).unwrap();
+        }
+        for queue in [0, 1] {
+            fe.submit(queue, T_IN, 0, &[], 512);
+            fe.notify(queue);
+            assert_eq!(fe.complete(queue).status, S_OK);
+        }
+        let told = |event| {
+            let mut count = [0; 8];
+            match rustix::io::read(event, &mut count) {
+                Ok(_) => u64::from_ne_bytes(count),
+                Err(_) => 0,
+            }
+        };
+        assert_eq!(events.each_ref().map(told), [0, 0], "there is no fault yet");
+        let queue = &mut fe.queues[broken];
+        queue.write_descriptor(&fe.memory, 5, fe.spare.0, 16, NEXT, 5);
+        queue.offer(&fe.memory, 5);
+        queue.kick();
+        fe.wire.ends();
+        let wanted = [u64::from(broken == 0), u64::from(broken == 1)];
+        assert_eq!(events.each_ref().map(told), wanted, "ring {broken} is broken");
+        drop(fe);
+        street.goes_on();
+    }
+    street.is_unharmed();
+}

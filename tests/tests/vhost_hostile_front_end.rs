@@ -318,6 +318,39 @@ impl Watchers {
     }
 }
 
+/// What it costs to tell of faults counts like all else, and it is the attachment's: each connection has one.
+#[test]
+fn faults_whose_telling_takes_long_keep_their_front_end_out() {
+    let street = Street::new();
+    let watched = new_eventfd();
+    let _watchers = Watchers::of(&watched);
+    let index = 0u64.to_le_bytes();
+    let mut faults = 0;
+    wait_for("a front-end is turned away", || {
+        let Ok((wire, ..)) = greet(street.socket(), &Shape::default()) else {
+            return Some(());
+        };
+        drop(wire);
+        let mut fe = street.front_end();
+        fe.wire.done(SET_VRING_ERR, &index, &[watched.as_fd()]).unwrap();
+        let queue = &mut fe.queues[0];
+        queue.write_descriptor(&fe.memory, 5, fe.spare.0, 16, NEXT, 5);
+        queue.offer(&fe.memory, 5);
+        queue.kick();
+        fe.wire.ends();
+        faults += 1;
+        None
+    });
+    println!("{faults} faults");
+    assert!(faults > 2, "a few are borne");
+    street.goes_on();
+    // It comes back when that is paid off.
+    let mut fe = street.front_end();
+    assert_eq!(fe.call(T_IN, 0, &[], 512).status, S_OK);
+    drop(fe);
+    street.is_unharmed();
+}
+
 /// Who watches a descriptor is woken by whoever uses it, at that one's cost.
 #[test]
 fn descriptors_that_are_watched_so_often_that_to_use_them_takes_long() {

@@ -4,7 +4,7 @@
 use vold_tests::content::bytes;
 use vold_tests::nbd::Client;
 use vold_tests::vhost::*;
-use vold_tests::vold::STORE;
+use vold_tests::vold::{Engine, STORE};
 use vold_tests::{Vold, scale};
 
 fn is_right_over_nbd(vold: &Vold, load: &Load) {
@@ -14,7 +14,15 @@ fn is_right_over_nbd(vold: &Vold, load: &Load) {
 
 #[test]
 fn what_was_in_flight_at_kill_9_is_answered_once_by_the_next_daemon() {
-    let mut vold = Vold::start();
+    is_answered_once_by_the_next(Vold::start());
+}
+
+#[test]
+fn what_was_in_flight_at_kill_9_on_the_thread_pool_is_answered_once_by_the_next_daemon() {
+    is_answered_once_by_the_next(Vold::start_on(Engine::Threads));
+}
+
+fn is_answered_once_by_the_next(mut vold: Vold) {
     let socket = vold.with_vhost_volume(2, STORE, "8M");
     let mut load = Load::start(&socket, "kill_9");
     let mut replayed = 0;

@@ -129,6 +129,107 @@ fn both_attachments_outlive_the_daemon_until_one_has_taken_over() {
     assert_eq!(attachments(&vold).len(), 1);
 }
 
+/// The source's front-end goes away with requests in flight, which go along with the machine's memory and the area.
+fn stopped_with_requests_in_flight(load: &mut Load) -> usize {
+    load.run(200);
+    load.push();
+    for queue in 0..load.front_end.queues.len() {
+        // QEMU's two messages.
+        load.front_end.enable_queue(queue, false).unwrap();
+        load.front_end.stop_queue(queue).unwrap();
+    }
+    load.take();
+    load.running.len()
+}
+
+fn leaving_requests() -> Shape {
+    Shape {
+        protocol: Shape::default().protocol | PF_GET_VRING_BASE_INFLIGHT,
+        ..Load::shape()
+    }
+}
+
+#[test]
+fn requests_that_a_stopped_source_leaves_in_flight_are_answered_once_by_the_target() {
+    let mut vold = Vold::start();
+    let first = vold.with_vhost_volume(2, STORE, "8M");
+    let mut load = Load::start_as(&first, leaving_requests(), "left in flight");
+    assert_ne!(load.front_end.protocol & PF_GET_VRING_BASE_INFLIGHT, 0);
+    let mut left = 0;
+    for _ in 0..scale(6, 60) {
+        let (_, next) = incoming(&vold);
+        left += stopped_with_requests_in_flight(&mut load);
+        load.front_end.reconnect(&next);
+        load.drain();
+        assert_eq!(attachments(&vold).len(), 1);
+    }
+    println!("{} answers, {left} of them by a target", load.answered);
+    assert!(left > 0, "something was left in flight");
+    vold.ctl("detach acme/vol --vm vm1");
+    load.is_right(&vold.attach("acme/vol", "vm1"));
+    vold.stop();
+    vold.check_is_clean();
+}
+
+/// A migration that fails: the source's machine runs on, and its queues start again over the connection that they had.
+#[test]
+fn requests_that_a_stopped_source_leaves_in_flight_are_answered_once_by_itself_when_it_goes_on() {
+    let vold = Vold::start();
+    let first = vold.with_vhost_volume(2, STORE, "8M");
+    let mut load = Load::start_as(&first, leaving_requests(), "goes on");
+    let mut left = 0;
+    for _ in 0..scale(6, 60) {
+        left += stopped_with_requests_in_flight(&mut load);
+        for queue in 0..load.front_end.queues.len() {
+            load.front_end.start_queue(queue).unwrap();
+        }
+        load.drain();
+    }
+    assert!(left > 0, "something was left in flight");
+    vold.ctl("detach acme/vol --vm vm1");
+    load.is_right(&vold.attach("acme/vol", "vm1"));
+}
+
+/// The first socket goes right after the record, and before the first attachment has ended: the daemon dies there.
+#[test]
+fn a_daemon_killed_after_the_record_of_a_takeover_leaves_the_volume_to_the_second_alone() {
+    for round in 0..scale(3, 20) {
+        let mut vold = Vold::start();
+        let first = vold.with_vhost_volume(2, STORE, "8M");
+        let mut source = Load::start(&first, &format!("killed in between {round}"));
+        source.run(300);
+        let (before, second) = incoming(&vold);
+        let mut target = FrontEnd::greeted(&second, Load::shape());
+        source.push();
+        let starting = std::thread::spawn(move || {
+            // It may be too late to be told that it may.
+            let _ = target.start();
+            target
+        });
+        while first.exists() {
+            std::hint::spin_loop();
+        }
+        vold.kill();
+        let mut target = starting.join().unwrap();
+        source.front_end.wire.ends();
+        source.take();
+        vold.restart();
+        let attachments = attachments(&vold);
+        assert_eq!(attachments.len(), 1, "{attachments:?}");
+        assert_eq!(attachments[0]["socket"].as_str(), second.to_str());
+        assert_eq!(attachments[0]["epoch"], before["epoch"]);
+        assert!(Wire::connect(&first).is_err(), "the first leads nowhere");
+        target.reconnect(&second);
+        let left = all_that_was_left(&source, &mut target);
+        source.push();
+        source.front_end.queues.iter().for_each(Queue::kick);
+        assert!(all_that_was_left(&source, &mut target) == left);
+        assert_eq!(source.take(), 0, "the first answers nothing any more");
+        vold.stop();
+        vold.check_is_clean();
+    }
+}
+
 #[test]
 fn a_move_that_is_called_off_changes_nothing() {
     let vold = Vold::start();

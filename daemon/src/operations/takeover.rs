@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use libvol::catalog::{AttachmentRecord, VmRecord, VolumeRecord};
+use libvol::catalog::{AttachmentRecord, Tx, VmRecord, VolumeRecord};
 use libvol::control::{self, Protocol};
 use libvol::ids::{AttachmentId, VolumeId, VolumePath};
 use libvol::{Error, Result};
@@ -208,13 +208,7 @@ impl Operations {
             // It has, as far as the record goes.
             _ if current.id == attachment => current,
             Some(next) if next.id == attachment => {
-                self.change(|tx| {
-                    let mut volume = volume_named(tx, &volume.path)?;
-                    volume.attachment_epoch = next.epoch;
-                    tx.update(&volume)?;
-                    tx.remove::<AttachmentRecord>(current.id)?;
-                    tx.insert(&next)
-                })?;
+                self.change(|tx| record_takeover(tx, &volume.path, &current, &next))?;
                 remove_socket(&self.socket(current.id));
                 next
             }
@@ -232,5 +226,274 @@ impl Operations {
             format!("VM {}, epoch {epoch}", vm.name),
         );
         Ok(())
+    }
+}
+
+/// From here on the next attachment is the volume's.
+fn record_takeover(
+    tx: &Tx<'_>,
+    path: &VolumePath,
+    current: &AttachmentRecord,
+    next: &AttachmentRecord,
+) -> Result<()> {
+    let mut volume = volume_named(tx, path)?;
+    volume.attachment_epoch = next.epoch;
+    tx.update(&volume)?;
+    tx.remove::<AttachmentRecord>(current.id)?;
+    tx.insert(next)
+}
+
+/// What is left of a takeover that fails between its record, which is durable, and the end of the first attachment.
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::path::Path;
+
+    use libvol::catalog::Catalog;
+    use libvol::disk::EngineChoice;
+    use libvol::ids::Epoch;
+    use libvol::keys::LocalKeystore;
+    use rustix::process::geteuid;
+
+    use super::*;
+    use crate::data_dir::DataDir;
+    use crate::operations::Settings;
+    use crate::passed::PassedDoors;
+
+    const MIB: u64 = 1 << 20;
+
+    async fn start(dir: &Path) -> Arc<Operations> {
+        let dirs = DataDir::take(dir).unwrap();
+        let catalog = Catalog::open(&dirs.catalog()).unwrap();
+        let keys = Arc::new(LocalKeystore::open_or_create(&dirs.keys()).unwrap());
+        let (settings, passed) = (Settings::default(), PassedDoors::default());
+        Operations::start(dirs, catalog, keys, 1, EngineChoice::Threads, settings, passed)
+            .await
+            .unwrap()
+    }
+
+    fn asked_for(incoming: bool) -> control::Attach {
+        control::Attach {
+            volume: "acme/web".parse().unwrap(),
+            vm: "vm1".parse().unwrap(),
+            via: Protocol::VhostUser,
+            read_only: false,
+            incoming,
+        }
+    }
+
+    /// A volume that is attached, and is to move.
+    struct Moving {
+        operations: Arc<Operations>,
+        volume: VolumeId,
+        /// As they were shown.
+        first: control::Attachment,
+        second: control::Attachment,
+    }
+
+    impl Moving {
+        async fn new(dir: &Path) -> Self {
+            let operations = start(&dir.join("data")).await;
+            let store = control::StoreAdd {
+                name: "a".parse().unwrap(),
+                path: dir.join("a.store").to_str().unwrap().to_owned(),
+                size_bytes: Some(64 * MIB),
+                zone: None,
+                extent_bytes: Some(MIB),
+                allow_buffered: true,
+            };
+            operations.store_add(store).await.unwrap();
+            let customer = control::CustomerCreate {
+                name: "acme".parse().unwrap(),
+            };
+            operations.customer_create(customer).await.unwrap();
+            let vm = control::VmCreate {
+                name: "vm1".parse().unwrap(),
+                customer: "acme".parse().unwrap(),
+                uid: None,
+            };
+            operations.vm_create(vm, geteuid().as_raw()).unwrap();
+            let volume = control::VolumeCreate {
+                volume: "acme/web".parse().unwrap(),
+                size_bytes: 8 * MIB,
+                replicas: Some(1),
+            };
+            operations.volume_create(volume).await.unwrap();
+            let first = operations.attach(asked_for(false)).await.unwrap();
+            let second = operations.attach(asked_for(true)).await.unwrap();
+            let path = "acme/web".parse().unwrap();
+            let volume = operations.look(|view| volume_named(view, &path)).unwrap().id;
+            Self {
+                operations,
+                volume,
+                first,
+                second,
+            }
+        }
+
+        /// The second attachment's device starts.
+        async fn second_starts(&self) -> Result<()> {
+            let (answer, _asks) = oneshot::channel();
+            let claim = Claim {
+                volume: self.volume,
+                attachment: self.second.attachment_id,
+                answer,
+                _only: Only::claim(&Arc::default()).unwrap(),
+            };
+            self.operations.take_over(&claim).await
+        }
+
+        /// The record's word: epoch of the volume, and its attachment.
+        fn recorded(&self) -> (Epoch, AttachmentId, Epoch) {
+            let look = self.operations.look(|view| {
+                let volume = view.get::<VolumeRecord>(self.volume)?.unwrap();
+                let (attachment, _) = holder(view, self.volume)?.unwrap();
+                Ok((volume.attachment_epoch, attachment.id, attachment.epoch))
+            });
+            look.unwrap()
+        }
+
+        fn is_recorded_as_moved(&self) {
+            let next = Epoch(self.first.epoch + 1);
+            assert_eq!(self.recorded(), (next, self.second.attachment_id, next));
+        }
+
+        /// Exactly one attachment is there, of the next epoch, and serves.
+        async fn only_the_second_serves(&self) {
+            self.is_recorded_as_moved();
+            let shown = self.operations.attachment_list().await.unwrap();
+            let shown: Vec<_> = shown
+                .iter()
+                .map(|a| (a.attachment_id, a.epoch, a.incoming))
+                .collect();
+            assert_eq!(shown, [(self.second.attachment_id, self.first.epoch + 1, false)]);
+            let report = self.operations.report(self.volume).await.unwrap().unwrap();
+            assert!(report.served && report.incoming.is_none());
+            assert!(Device::connect(&self.first.socket).is_err());
+            assert!(Device::connect(&self.second.socket).unwrap().answers());
+            // It may start.
+            self.second_starts().await.unwrap();
+        }
+    }
+
+    /// A front-end that asks for nothing but what the device can do.
+    struct Device(UnixStream);
+
+    impl Device {
+        fn connect(socket: &str) -> std::io::Result<Self> {
+            UnixStream::connect(socket).map(Self)
+        }
+
+        /// Whether it is served (VHOST_USER_GET_FEATURES).
+        fn answers(&mut self) -> bool {
+            let message: Vec<u8> = [1u32, 1, 0].into_iter().flat_map(u32::to_ne_bytes).collect();
+            self.0.write_all(&message).is_ok() && self.0.read_exact(&mut [0; 20]).is_ok()
+        }
+    }
+
+    async fn started_anew(moving: Moving, dir: &Path) -> Moving {
+        moving.operations.stop().await;
+        let Moving {
+            operations,
+            volume,
+            first,
+            second,
+        } = moving;
+        // (Its directory is locked until the last has gone.)
+        drop(operations);
+        Moving {
+            operations: start(&dir.join("data")).await,
+            volume,
+            first,
+            second,
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_takeover_that_finds_no_second_door_ends_the_first_all_the_same_and_is_made_good() {
+        for restart in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let moving = Moving::new(dir.path()).await;
+            let mut source = Device::connect(&moving.first.socket).unwrap();
+            assert!(source.answers());
+            let (id, epoch) = (moving.volume, Epoch(moving.first.epoch));
+            let shard = moving.operations.shards.of_volume(id);
+            let close = shard.call(move |registry| async move {
+                registry.close_incoming(id, epoch).await;
+                Ok(())
+            });
+            close.await.unwrap();
+
+            let refusal = moving.second_starts().await.unwrap_err();
+            assert_eq!(refusal.kind(), libvol::Kind::Unavailable, "{refusal}");
+            moving.is_recorded_as_moved();
+            assert!(!source.answers(), "the first is not the volume's any more");
+            assert!(Device::connect(&moving.first.socket).is_err());
+            let report = moving.operations.report(id).await.unwrap().unwrap();
+            assert!(!report.served && report.connections == 0, "{report:?}");
+            // Tried again, it is no other.
+            moving.second_starts().await.unwrap_err();
+            moving.is_recorded_as_moved();
+
+            let moving = match restart {
+                true => started_anew(moving, dir.path()).await,
+                false => {
+                    let again = moving.operations.attach(asked_for(false)).await.unwrap();
+                    assert_eq!(again.attachment_id, moving.second.attachment_id);
+                    moving
+                }
+            };
+            moving.only_the_second_serves().await;
+            moving.operations.stop().await;
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_takeover_whose_volume_was_closed_meanwhile_is_made_good_by_the_next_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let moving = Moving::new(dir.path()).await;
+        let mut source = Device::connect(&moving.first.socket).unwrap();
+        assert!(source.answers());
+        let id = moving.volume;
+        let shard = moving.operations.shards.of_volume(id);
+        let close = shard.call(move |registry| async move { registry.close(id).await });
+        close.await.unwrap();
+        moving.second_starts().await.unwrap_err();
+        moving.is_recorded_as_moved();
+        assert!(!source.answers());
+        assert!(moving.operations.report(id).await.unwrap().is_none());
+        let moving = started_anew(moving, dir.path()).await;
+        moving.only_the_second_serves().await;
+        moving.operations.stop().await;
+    }
+
+    /// The record alone, as a crash right after it leaves it: the first attachment still stands in this process.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_takeover_that_ended_with_its_record_is_finished_by_the_next_try_or_start() {
+        for restart in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let moving = Moving::new(dir.path()).await;
+            let mut source = Device::connect(&moving.first.socket).unwrap();
+            assert!(source.answers());
+            let record = moving.operations.look(|view| holder(view, moving.volume));
+            let (current, _) = record.unwrap().unwrap();
+            let path: VolumePath = "acme/web".parse().unwrap();
+            let next = current.succeeded().unwrap();
+            let recorded = moving
+                .operations
+                .change(|tx| record_takeover(tx, &path, &current, &next));
+            recorded.unwrap();
+            let moving = match restart {
+                true => started_anew(moving, dir.path()).await,
+                false => {
+                    moving.second_starts().await.unwrap();
+                    moving
+                }
+            };
+            assert!(!source.answers());
+            moving.only_the_second_serves().await;
+            moving.operations.stop().await;
+        }
     }
 }

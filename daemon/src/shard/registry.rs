@@ -267,25 +267,26 @@ impl Registry {
     /// will be (I3). One that has is left as it is.
     ///
     /// # Errors
-    /// `Unavailable` when there is none (any more).
+    /// `Unavailable` when there is none (any more); the one before has ended all the same, for the record is the other's already.
     pub(crate) async fn take_over(&self, id: VolumeId, epoch: Epoch) -> Result<()> {
         let gone = || Error::unavailable(format!("volume {id} has no attachment that is to take over"));
-        let (old, new) = {
+        let old = {
             let volumes = self.volumes.borrow();
-            let entry = volumes.get(&id).ok_or_else(gone)?;
-            (entry.door.clone(), entry.incoming.clone())
+            volumes.get(&id).ok_or_else(gone)?.door.clone()
         };
-        let is_its = |door: &Option<Rc<Door>>| door.as_ref().is_some_and(|door| door.epoch() == epoch);
-        match (is_its(&old), is_its(&new)) {
-            (true, _) => return Ok(()),
-            (false, true) => close_all(old, epoch).await,
-            (false, false) => return Err(gone()),
+        if old.as_ref().is_some_and(|door| door.epoch() == epoch) {
+            return Ok(());
         }
+        // Whatever becomes of the second: the volume is the first's no more.
+        close_all(old, epoch).await;
         // Both stood there meanwhile, for a daemon that stops.
         let mut volumes = self.volumes.borrow_mut();
         let entry = volumes.get_mut(&id).ok_or_else(gone)?;
-        entry.door = Some(entry.incoming.take().ok_or_else(gone)?);
-        Ok(())
+        entry.door = entry.incoming.take_if(|door| door.epoch() == epoch);
+        match entry.door {
+            Some(_) => Ok(()),
+            None => Err(gone()),
+        }
     }
 
     /// Closes a volume, its sessions first if it has any (the daemon stops): flushed, clean, gone from here.

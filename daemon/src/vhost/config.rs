@@ -62,6 +62,8 @@ pub(super) mod protocol {
     pub(crate) const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
     /// The device status is told.
     pub(crate) const STATUS: u64 = 1 << 16;
+    /// A queue that is stopped may leave what is in flight, noted in the area for that (QEMU 11.0).
+    pub(crate) const GET_VRING_BASE_INFLIGHT: u64 = 1 << 20;
     /// All of them.
     pub(crate) const OFFERED: u64 = MQ
         | LOG_SHMFD
@@ -71,7 +73,14 @@ pub(super) mod protocol {
         | INFLIGHT_SHMFD
         | RESET_DEVICE
         | CONFIGURE_MEM_SLOTS
-        | STATUS;
+        | STATUS
+        | GET_VRING_BASE_INFLIGHT;
+
+    /// Whether these can be agreed on: all are offered, and what is left in flight has a place.
+    pub(crate) fn agrees(features: u64) -> bool {
+        features & !OFFERED == 0
+            && (features & GET_VRING_BASE_INFLIGHT == 0 || features & INFLIGHT_SHMFD != 0)
+    }
 }
 
 /// Device features that are offered.

@@ -23,7 +23,7 @@ use super::config::{RANGES_MAX, feature};
 use super::memory::{DirtyLog, GuestMemory};
 use super::message::config_has_changed;
 use super::meter::Meter;
-use super::queue::Job;
+use super::queue::{CallPlace, Job};
 use super::request::Rules;
 use super::sessions::Member;
 use super::{Export, SERIAL_BYTES};
@@ -227,6 +227,20 @@ impl<D: Device> Front<D> {
         self.cut_off();
     }
 
+    /// The guest has broken a ring. Whoever wants to know of its faults is told, once and before the end (vhost-user,
+    /// VHOST_USER_SET_VRING_ERR); it cannot be waited for, nor helped, when that fails.
+    pub(super) fn fail_ring(&self, faults: &CallPlace, why: impl Display) {
+        if self.is_cut() {
+            return;
+        }
+        if let Some(faults) = &*faults.borrow()
+            && let Err(e) = self.meter.spend(|| faults.try_call())
+        {
+            tracing::debug!(volume = self.name(), "vhost-user: a fault cannot be told: {e}");
+        }
+        self.fail(why);
+    }
+
     /// A request has failed at the volume; the guest gets an error.
     pub(super) fn note_failure(&self, what: &str, why: impl Display) {
         self.failures.say(|times| {
@@ -279,6 +293,13 @@ impl<D: Device> Front<D> {
         self.depth.borrow_mut().observe(self.in_flight.count());
         self.waiting.borrow_mut().push_back(job);
         self.start_waiting();
+    }
+
+    /// Requests of which that is so never start.
+    pub(super) fn forget_waiting(&self, is_so: impl Fn(&Job<D>) -> bool) {
+        let (dropped, kept): (VecDeque<_>, VecDeque<_>) = self.waiting.take().into_iter().partition(is_so);
+        self.waiting.replace(kept);
+        drop(dropped);
     }
 
     fn start_waiting(self: &Rc<Self>) {

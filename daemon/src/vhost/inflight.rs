@@ -175,6 +175,17 @@ impl InflightArea {
         Ok(pending.into_iter().map(|(_, head)| head).collect())
     }
 
+    /// Nothing is in flight: the device was reset, and what was left is not done again.
+    ///
+    /// # Errors
+    /// A page has gone.
+    pub(super) fn forget(&self) -> Result<(), BadMemory> {
+        for head in 0..self.size {
+            self.mapping.store_u8(self.entry(head)? + IN_FLIGHT, 0)?;
+        }
+        Ok(())
+    }
+
     /// Counter and head of all that are marked.
     fn marked(&self) -> Result<Vec<(u64, u16)>, BadMemory> {
         let mut marked = Vec::new();

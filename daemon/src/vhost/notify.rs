@@ -1,4 +1,4 @@
-//! Kicks and calls: the eventfds by which guest and device tell each other to look at a queue.
+//! Kicks and calls: the eventfds by which guest and device tell each other to look at a queue, or that it is broken.
 //!
 //! Both belong to the front-end, which may change their flags, fill their counters and read them at any time. Nothing here
 //! waits for that: a kick is awaited by the runtime and then cleared by a read that is told not to wait (RWF_NOWAIT), whatever
@@ -114,14 +114,32 @@ impl Call {
         }
     }
 
+    /// Takes a descriptor over without calling: one for faults, of which there are none yet. What is no eventfd shows when it is
+    /// to be called, and is left alone then.
+    pub(super) fn silent(descriptor: OwnedFd, signals: &Rc<Signals>, leavings: &Rc<Leavings>) -> Self {
+        Self {
+            descriptor: Some(descriptor),
+            signals: signals.clone(),
+            leavings: leavings.clone(),
+        }
+    }
+
     /// Calls.
     pub(super) fn call(&self) {
-        let Some(descriptor) = &self.descriptor else {
-            return;
-        };
-        if let Err(e) = self.signals.signal(descriptor) {
+        if let Err(e) = self.try_call() {
             // The kernel was out of memory for it. The guest's own timeout is what is left.
             tracing::error!("vhost-user: a guest cannot be called: {e}");
+        }
+    }
+
+    /// Calls, if that can be done.
+    ///
+    /// # Errors
+    /// It is no eventfd, or the kernel is out of memory.
+    pub(super) fn try_call(&self) -> io::Result<()> {
+        match &self.descriptor {
+            Some(descriptor) => self.signals.signal(descriptor),
+            None => Ok(()),
         }
     }
 }

@@ -9,6 +9,12 @@
 //! Heads that one left in flight come first, in the order in which they were taken. Invariants: a head is marked in the
 //! inflight area before anything is done for it, and unmarked only after its used entry is in the ring; a queue that stops
 //! has given back every head that it took. A fault of the guest's memory or rings cuts its front-end off, and nothing else.
+//!
+//! One that is suspended stops at once, and leaves heads marked, for whoever brings the area to do again. From then on nothing of them
+//! touches the guest's memory, the ring or the area. What is at the device already cannot be called back: it is carried out, and
+//! counts as in flight until it has been, so whoever does it again waits for that (I3). Doing it twice is then as after a crash: the
+//! guest has seen no end of the request, so it may be carried out at any time until it does, and nothing newer of the guest's can
+//! have come after it.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -52,7 +58,7 @@ pub(super) const TOO_SLOW: &str = "to read its kicks, to call it and to answer i
 /// Bytes copied for a request before other tasks get a turn: some hundred microseconds.
 const BYTES_A_TURN: usize = 1 << 20;
 
-/// Where a queue calls; it is replaced while the queue runs.
+/// Where a queue calls, or tells of its faults; it is replaced while the queue runs.
 pub(super) type CallPlace = Rc<RefCell<Option<Call>>>;
 
 /// What a queue is started with.
@@ -69,6 +75,8 @@ pub(super) struct Setup {
     pub(super) kick: Kick,
     /// Where it calls.
     pub(super) call: CallPlace,
+    /// Where it tells that it is broken.
+    pub(super) faults: CallPlace,
 }
 
 /// A queue that has been started.
@@ -85,9 +93,12 @@ struct Queue<D> {
     /// Heads that an earlier back-end left.
     left: RefCell<VecDeque<u16>>,
     call: CallPlace,
+    faults: CallPlace,
     call_is_due: Cell<bool>,
     enabled: Cell<bool>,
     stopping: Cell<bool>,
+    /// Heads that are in flight stay so.
+    suspended: Cell<bool>,
     /// Raised when there is something new to the worker, apart from kicks.
     news: Cell<u64>,
     changed: Notify,
@@ -107,6 +118,7 @@ impl<D: Device> Started<D> {
             mut area,
             kick,
             call,
+            faults,
         } = setup;
         let memory = front.memory();
         let event_idx = front.features() & feature::RING_EVENT_IDX != 0;
@@ -134,9 +146,11 @@ impl<D: Device> Started<D> {
             area: RefCell::new(area),
             left: RefCell::new(left.into()),
             call,
+            faults,
             call_is_due: Cell::new(false),
             enabled: Cell::new(true),
             stopping: Cell::new(false),
+            suspended: Cell::new(false),
             news: Cell::new(0),
             changed: Notify::default(),
             in_flight: Rc::default(),
@@ -157,10 +171,15 @@ impl<D: Device> Started<D> {
         self.queue.tell();
     }
 
-    /// It is not looked at any more. Waits until what it took has been given back, or its front-end has gone.
-    pub(super) async fn disable(&self) {
+    /// It is not looked at any more; what it took is still given back.
+    pub(super) fn pause(&self) {
         self.queue.enabled.set(false);
         self.queue.tell();
+    }
+
+    /// The same. Waits until what it took has been given back, or its front-end has gone.
+    pub(super) async fn disable(&self) {
+        self.pause();
         select(pin!(self.queue.in_flight.idle()), pin!(self.queue.front.cut())).await;
         self.queue.call_now();
     }
@@ -185,6 +204,24 @@ impl<D: Device> Started<D> {
         let base = queue.ring.borrow().base();
         (base, queue.area.take())
     }
+
+    /// Whether there is a place where what is in flight can be left.
+    pub(super) fn can_suspend(&self) -> bool {
+        self.queue.area.borrow().is_some()
+    }
+
+    /// Stops it at once, with what is in flight left to whoever brings the area. Gives where it stands, its part of the area, and what
+    /// counts the requests that are still at the device.
+    pub(super) fn suspend(self) -> (u16, Option<InflightArea>, Rc<InFlight>) {
+        let queue = self.queue;
+        queue.suspended.set(true);
+        queue.stopping.set(true);
+        drop(self.worker);
+        queue.front.forget_waiting(|job| Rc::ptr_eq(&job.queue, &queue));
+        queue.call_now();
+        let base = queue.ring.borrow().base();
+        (base, queue.area.take(), queue.in_flight.clone())
+    }
 }
 
 impl<D: Device> Queue<D> {
@@ -202,7 +239,7 @@ impl<D: Device> Queue<D> {
         loop {
             let news = self.news.get();
             match self.take_available().await {
-                Err(fault) => return self.front.fail(fault),
+                Err(fault) => return self.front.fail_ring(&self.faults, fault),
                 Ok(0) => in_vain += 1,
                 Ok(_) => in_vain = 0,
             }
@@ -337,7 +374,7 @@ impl<D: Device> Queue<D> {
                     self.front.fail(TOO_SLOW);
                 }
             }
-            Err(fault) => self.front.fail(fault),
+            Err(fault) => self.front.fail_ring(&self.faults, fault),
         }
     }
 }
@@ -355,18 +392,23 @@ pub(super) struct Job<D> {
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 impl<D: Device> Job<D> {
-    /// Carries it out and answers it, unless its front-end goes before.
+    /// Whether nobody waits for it: its front-end has gone, or its queue is suspended.
+    fn is_off(&self) -> bool {
+        self.queue.suspended.get() || self.queue.front.is_cut()
+    }
+
+    /// Carries it out and answers it, unless its front-end goes before, or leaves it.
     pub(super) async fn run(self) {
         let front = &self.queue.front;
-        if front.is_cut() {
+        if self.is_off() {
             return;
         }
         let performed = self.perform().await;
-        if front.is_cut() {
+        if self.is_off() {
             return;
         }
         if let Err(fault) = performed.and_then(|status| self.answer(status)) {
-            front.fail(fault);
+            front.fail_ring(&self.queue.faults, fault);
         }
     }
 
@@ -386,10 +428,10 @@ impl<D: Device> Job<D> {
                 let mut done = Ok(());
                 for (at, len) in pieces(*len) {
                     match device.read(*offset + u64::from(at), len).await {
-                        Ok(_) if front.is_cut() => return Ok(STATUS_IOERR),
+                        Ok(_) if self.is_off() => return Ok(STATUS_IOERR),
                         Ok(parts) => {
                             self.bring(at as usize, &parts).await?;
-                            if front.is_cut() {
+                            if self.is_off() {
                                 return Ok(STATUS_IOERR);
                             }
                         }
@@ -437,6 +479,7 @@ impl<D: Device> Job<D> {
         };
         Ok(match done {
             Ok(()) => STATUS_OK,
+            Err(_) if self.is_off() => STATUS_IOERR,
             Err(e) => {
                 front.note_failure(what, e);
                 STATUS_IOERR
@@ -448,7 +491,7 @@ impl<D: Device> Job<D> {
     /// that it is.
     async fn each<R>(&self, ranges: &[R], carry_out: impl AsyncFn(&R, bool) -> Result<()>) -> Result<()> {
         for (index, range) in ranges.iter().enumerate() {
-            if self.queue.front.is_cut() {
+            if self.is_off() {
                 return Err(Error::unavailable("the front-end has gone"));
             }
             carry_out(range, index + 1 == ranges.len()).await?;
@@ -457,8 +500,8 @@ impl<D: Device> Job<D> {
         Ok(())
     }
 
-    /// Copies a piece of what is to be written out of the guest, with turns for others in between; nothing when the front-end
-    /// has gone.
+    /// Copies a piece of what is to be written out of the guest, with turns for others in between; nothing when nobody
+    /// waits for it any more.
     async fn fetch(&self, at: usize, len: usize) -> Result<Option<Buf>, Fault> {
         let front = &self.queue.front;
         // Whole blocks, so that a sub-block write can be completed in place.
@@ -466,7 +509,7 @@ impl<D: Device> Job<D> {
         for from in (0..len).step_by(BYTES_A_TURN) {
             if at + from > 0 {
                 yield_now().await;
-                if front.is_cut() {
+                if self.is_off() {
                     return Ok(None);
                 }
             }
@@ -483,7 +526,7 @@ impl<D: Device> Job<D> {
         let mut in_turn = 0;
         for part in parts {
             let mut left = part_len(part);
-            while left > 0 && !front.is_cut() {
+            while left > 0 && !self.is_off() {
                 let log = front.log();
                 let here = match part {
                     PlainPart::Data(buf, range) => {

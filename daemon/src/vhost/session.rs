@@ -5,6 +5,9 @@
 //! device. A queue begins when it has a kick and is enabled, and ends with GET_VRING_BASE or a reset, which are answered
 //! after its last request has been; so is what disables it. Queues that run keep their place: of what describes them, only the log may change.
 //!
+//! Where front-ends have agreed to find requests in flight left in the area for that (GET_VRING_BASE_INFLIGHT), GET_VRING_BASE is answered
+//! at once. No queue of theirs starts again before what such a queue still had at the device has ended.
+//!
 //! The guest's memory and the cache's mode outlive a reset, for front-ends tell only what has changed of them.
 //!
 //! Source: QEMU docs/interop/vhost-user, "Communication", "Front-end message types".
@@ -19,6 +22,7 @@ use rustix::net::sockopt::{socket_domain, socket_type};
 use rustix::net::{AddressFamily, SocketType};
 
 use libvol::limits::{VHOST_QUEUE_SIZE_MAX, VHOST_QUEUES_MAX};
+use libvol::runtime::sync::InFlight;
 use libvol::runtime::{spawn, yield_now};
 
 use super::Export;
@@ -67,6 +71,7 @@ pub(super) async fn run<D: Device>(incoming: Incoming, export: Export<D>, seat: 
         protocol: 0,
         status: 0,
         queues: Vec::new(),
+        suspended: Vec::new(),
     };
     let memory_files = session.converse_to_the_end().await;
     drop(watcher);
@@ -98,6 +103,8 @@ struct Session<D> {
     protocol: u64,
     status: u64,
     queues: Vec<Place<D>>,
+    /// What suspended queues still have at the device.
+    suspended: Vec<Rc<InFlight>>,
 }
 
 /// A queue as the messages have described it so far.
@@ -108,7 +115,10 @@ struct Place<D> {
     enabled: bool,
     kick: Option<Kick>,
     call: CallPlace,
+    faults: CallPlace,
     area: Option<InflightArea>,
+    /// It was suspended: the area may have heads that are to be done again.
+    has_left: bool,
     started: Option<Started<D>>,
 }
 
@@ -121,7 +131,9 @@ impl<D> Default for Place<D> {
             enabled: false,
             kick: None,
             call: CallPlace::default(),
+            faults: CallPlace::default(),
             area: None,
+            has_left: false,
             started: None,
         }
     }
@@ -251,8 +263,8 @@ impl<D: Device> Session<D> {
             Message::GetMaxMemSlots => return number(REGIONS_MAX as u64),
             Message::GetStatus => return number(self.status),
             Message::SetFeatures(features) => self.set_features(features)?,
-            Message::SetProtocolFeatures(features) if features & !protocol::OFFERED != 0 => {
-                return Err("protocol features that are not offered".into());
+            Message::SetProtocolFeatures(features) if !protocol::agrees(features) => {
+                return Err("protocol features that are not offered, or not without others".into());
             }
             Message::SetProtocolFeatures(features) => self.protocol = features,
             // Who owns the device is who is connected.
@@ -276,7 +288,7 @@ impl<D: Device> Session<D> {
                 return number(0);
             }
             // It would be told that there is something new in the log, which nobody waits for.
-            Message::SetLogFd | Message::SetVringErr { .. } => self.leavings.put_all(descriptors),
+            Message::SetLogFd => self.leavings.put_all(descriptors),
             Message::SetBackendReqFd => {
                 let socket = descriptor(&mut descriptors).ok_or("no socket")?;
                 self.set_backend_channel(socket)?;
@@ -294,7 +306,10 @@ impl<D: Device> Session<D> {
                     self.reset().await;
                 }
             }
-            Message::ResetDevice => self.reset().await,
+            Message::ResetDevice => {
+                self.reset().await;
+                self.forget_suspended().await?;
+            }
             Message::SetVringNum { queue, size } => {
                 let size = u16::try_from(size).map_err(|_| "a queue that is too large")?;
                 self.stopped(queue)?.size = size;
@@ -306,7 +321,10 @@ impl<D: Device> Session<D> {
             Message::SetVringAddr { queue, addresses } => self.set_addresses(queue, addresses)?,
             Message::GetVringBase { queue } => {
                 self.place(queue)?;
-                let base = self.stop(queue as usize).await;
+                let base = match self.suspends(queue) {
+                    true => self.suspend(queue as usize),
+                    false => self.stop(queue as usize).await,
+                };
                 return Ok(Answer::Reply(message::vring_base(queue, base).to_vec()));
             }
             Message::SetVringKick { queue, .. } => {
@@ -348,12 +366,21 @@ impl<D: Device> Session<D> {
                 let earlier = self.place(queue)?.call.replace(call);
                 drop(earlier);
             }
+            Message::SetVringErr { queue, .. } => {
+                let faults = descriptor(&mut descriptors);
+                let faults = faults.map(|faults| Call::silent(faults, &self.signals, &self.leavings));
+                let earlier = self.place(queue)?.faults.replace(faults);
+                drop(earlier);
+            }
             Message::SetVringEnable { queue, on } => {
                 let place = self.place(queue)?;
                 place.enabled = on;
-                match &place.started {
+                let suspends = self.suspends(queue);
+                match &self.place(queue)?.started {
                     None => self.start(queue).await?,
                     Some(started) if on => started.enable(),
+                    // QEMU's word before it stops it, which is not to wait for what is in flight.
+                    Some(started) if suspends => started.pause(),
                     // For some front-ends that is all of a pause.
                     Some(started) => started.disable().await,
                 }
@@ -592,6 +619,7 @@ impl<D: Device> Session<D> {
         if let (Some(mode), true) = (&self.cache_mode, has_moved) {
             mode.note(front.writeback());
         }
+        self.suspended_ended().await?;
         let memory = front.memory();
         let place = self.stopped(queue)?;
         let addresses = place.addresses.ok_or("a queue that is nowhere")?;
@@ -610,13 +638,14 @@ impl<D: Device> Session<D> {
             area: place.area.take(),
             kick,
             call: place.call.clone(),
+            faults: place.faults.clone(),
         };
         let is_first = front.queues().count() == 0;
         match Started::new(&front, setup) {
             Ok(started) => place.started = Some(started),
             Err(why) => {
                 // What it was to be started with is gone.
-                front.fail(&why);
+                front.fail_ring(&place.faults, &why);
                 return Err(why.into());
             }
         }
@@ -638,6 +667,53 @@ impl<D: Device> Session<D> {
         let place = &mut self.queues[index];
         place.kick = None;
         place.base
+    }
+
+    /// Whether a queue is stopped with what it has in flight left for later.
+    fn suspends(&self, queue: u32) -> bool {
+        let started = self
+            .queues
+            .get(queue as usize)
+            .and_then(|place| place.started.as_ref());
+        self.protocol & protocol::GET_VRING_BASE_INFLIGHT != 0 && started.is_some_and(Started::can_suspend)
+    }
+
+    /// Stops a queue that runs, at once. Gives where it stands.
+    fn suspend(&mut self, index: usize) -> u16 {
+        let place = &mut self.queues[index];
+        if let Some(started) = place.started.take() {
+            let (base, area, in_flight) = started.suspend();
+            (place.base, place.area, place.has_left) = (base, area, true);
+            self.suspended.retain(|earlier| earlier.count() > 0);
+            self.suspended.push(in_flight);
+        }
+        let place = &mut self.queues[index];
+        place.kick = None;
+        place.base
+    }
+
+    /// Waits until nothing of suspended queues is at the device: what is done for the guest from now on comes after it (I3).
+    async fn suspended_ended(&mut self) -> Result<(), Refused> {
+        let front = self.front.clone();
+        for in_flight in std::mem::take(&mut self.suspended) {
+            select(pin!(in_flight.idle()), pin!(front.cut())).await;
+        }
+        match front.is_cut() {
+            true => Err("the attachment has ended, or the front-end has gone".into()),
+            false => Ok(()),
+        }
+    }
+
+    /// The guest asks for nothing any more of what was left in flight.
+    async fn forget_suspended(&mut self) -> Result<(), Refused> {
+        self.suspended_ended().await?;
+        for place in self.queues.iter_mut().filter(|place| place.has_left) {
+            if let Some(area) = &place.area {
+                area.forget()?;
+            }
+            place.has_left = false;
+        }
+        Ok(())
     }
 
     /// Every queue is stopped, disabled, and begins at its first entry again; the status is none. All else stays until it is

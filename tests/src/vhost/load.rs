@@ -44,8 +44,16 @@ impl Load {
     /// # Panics
     /// When the device refuses.
     pub fn start(socket: &Path, what: &str) -> Self {
+        Self::start_as(socket, Self::shape(), what)
+    }
+
+    /// The same in another shape, which has as many queues.
+    ///
+    /// # Panics
+    /// When the device refuses.
+    pub fn start_as(socket: &Path, shape: Shape, what: &str) -> Self {
         Self {
-            front_end: FrontEnd::connect_as(socket, Self::shape()),
+            front_end: FrontEnd::connect_as(socket, shape),
             rng: seeded(what),
             blocks: vec![None; Self::BLOCKS as usize],
             running: HashMap::new(),

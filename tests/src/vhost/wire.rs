@@ -89,6 +89,8 @@ pub const PF_INFLIGHT_SHMFD: u64 = 1 << 12;
 pub const PF_RESET_DEVICE: u64 = 1 << 13;
 /// Protocol feature CONFIGURE_MEM_SLOTS.
 pub const PF_CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
+/// Protocol feature GET_VRING_BASE_INFLIGHT.
+pub const PF_GET_VRING_BASE_INFLIGHT: u64 = 1 << 20;
 
 const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;

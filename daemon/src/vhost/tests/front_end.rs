@@ -139,8 +139,12 @@ impl FrontEnd {
 
     /// Agrees on features and on replies to all that follows.
     pub(super) async fn agree(&mut self, features: u64) {
-        self.tell(number::SET_PROTOCOL_FEATURES, &[protocol::OFFERED])
-            .await;
+        self.agree_on(features, protocol::OFFERED).await;
+    }
+
+    /// The same, with these protocol features.
+    pub(super) async fn agree_on(&mut self, features: u64, protocol: u64) {
+        self.tell(number::SET_PROTOCOL_FEATURES, &[protocol]).await;
         self.need_reply = true;
         assert!(self.tell(number::SET_FEATURES, &[features]).await);
     }

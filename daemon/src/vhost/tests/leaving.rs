@@ -1,9 +1,12 @@
 //! How front-ends come and go: one at a time, nothing of an old one after a newer one, nothing lost that was not answered.
 
+use std::os::fd::AsFd;
+
 use rustix::net::RecvFlags;
 
 use super::front_end::{ENTRIES, FEATURES, FrontEnd, READ, UNTOUCHED, WRITE};
 use super::*;
+use crate::leavings::tests::lingering;
 use crate::vhost::config::{WRITEBACK_AT, feature};
 use crate::vhost::message::number;
 
@@ -255,5 +258,33 @@ fn an_end_does_not_wait_for_ever_to_answer_and_always_for_requests_to_end() {
         attachment.device.release();
         ending.await;
         assert_eq!((guest.used_index(), guest.status(0)), (0, UNTOUCHED));
+    });
+}
+
+#[test]
+fn what_a_front_end_has_passed_is_closed_by_its_attachments_own_thread() {
+    on_both(|| async {
+        let attachment = Attachment::new();
+        let (mut guest, task) = attachment.start().await;
+        let queue = 0u64.to_ne_bytes();
+        assert!(
+            guest
+                .ask(number::SET_VRING_ERR, &queue, Some(guest.call.as_fd()))
+                .await
+        );
+        assert_eq!(guest.carry_out(0, WRITE, 0, 512).await, 0);
+        let leavings = attachment.sessions.leavings().clone();
+        leavings.all_closed().await;
+        // The thread is busy from here on.
+        let (socket, peer) = lingering();
+        leavings.put(socket);
+        guest.hang_up().await;
+        // Kick, call, that for faults, the memory's file and the connection itself.
+        eventually("all are left", || leavings.len() == 6).await;
+        many_turns().await;
+        assert!(!task.is_finished(), "they are not closed yet");
+        drop(peer);
+        task.await;
+        assert_eq!(leavings.len(), 0);
     });
 }

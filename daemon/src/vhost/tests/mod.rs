@@ -1,10 +1,12 @@
 //! A front-end against the protocol, over a socket pair, on both engines: a device in memory behind the session, a guest's
 //! memory that the test lays out in front of it. Both sides share one runtime, so a test sees both.
 
+mod faults;
 mod front_end;
 mod leaving;
 mod messages;
 mod requests;
+mod suspending;
 
 use std::future::Future;
 use std::os::unix::net::UnixStream;

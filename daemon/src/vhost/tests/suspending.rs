@@ -1,0 +1,296 @@
+//! Queues that are stopped with requests in flight (GET_VRING_BASE_INFLIGHT): these are left where the area says, touch nothing of the
+//! guest's any more, and are done again by whoever goes on, after what was at the device has ended.
+
+use std::cell::Cell;
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::net::RecvFlags;
+
+use super::front_end::{FEATURES, FrontEnd, READ, UNTOUCHED, WRITE};
+use super::*;
+use crate::vhost::config::protocol;
+use crate::vhost::message::number;
+
+type Area = (OwnedFd, Vec<u8>);
+
+/// A front-end whose queue runs, and its area.
+async fn start(attachment: &Attachment, protocol: u64) -> (FrontEnd, Task<()>, Area) {
+    let (mut guest, task) = attachment.connect();
+    guest.agree_on(FEATURES, protocol).await;
+    let area = guest.inflight_area().await;
+    assert!(guest.use_area(&area).await && guest.pass_memory().await);
+    assert!(guest.start_queue(0).await);
+    (guest, task, area)
+}
+
+/// Requests of one sector each that the device holds back.
+async fn held_back(attachment: &Attachment, guest: &mut FrontEnd, requests: &[(u16, u32)]) {
+    attachment.device.hold();
+    for (head, kind) in requests {
+        guest.lay(*head, *kind, (*head).into(), 512);
+        guest.offer(*head);
+    }
+    let all = requests.len();
+    eventually("all are at the device", || attachment.device.running.get() == all).await;
+}
+
+fn is_answered(guest: &FrontEnd) -> bool {
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+    rustix::net::recv(guest.stream.socket(), &mut [0; 1], flags).is_ok()
+}
+
+#[test]
+fn a_queue_stops_at_once_and_what_was_in_flight_is_done_again_in_its_order() {
+    on_both(|| async {
+        let attachment = Attachment::new();
+        attachment.device.fill(0, &pattern(5, 0x4000));
+        let (mut guest, _task, _area) = start(&attachment, protocol::OFFERED).await;
+        assert_eq!(guest.carry_out(9, WRITE, 9, 512).await, 0);
+        held_back(&attachment, &mut guest, &[(6, WRITE), (0, READ), (3, WRITE)]).await;
+        guest.guest.put(FrontEnd::data(0), &[0xab; 512]);
+        // QEMU's two messages.
+        assert!(guest.tell_queue(number::SET_VRING_ENABLE, 0, 0).await);
+        assert_eq!(guest.stop_queue().await, Some(4));
+        assert_eq!(attachment.device.running.get(), 3, "nobody has waited for them");
+        attachment.device.release();
+        eventually("they have ended", || attachment.device.ended.get() == 4).await;
+        many_turns().await;
+        assert_eq!(guest.used_heads(), [9]);
+        assert_eq!([0, 3, 6].map(|head| guest.status(head)), [UNTOUCHED; 3]);
+        assert_eq!(guest.guest.get(FrontEnd::data(0), 512), [0xab; 512]);
+        // What the guest has asked for meanwhile comes after them.
+        guest.lay(12, WRITE, 12, 512);
+        guest.offer(12);
+        attachment.device.log.borrow_mut().clear();
+        assert!(guest.start_queue(4).await);
+        guest.called_for(5).await;
+        let log = [
+            "write 3072+512 fua=false",
+            "read 0+512",
+            "write 1536+512 fua=false",
+            "write 6144+512 fua=false",
+        ];
+        assert_eq!(*attachment.device.log.borrow(), log);
+        assert_eq!([0, 3, 6, 12].map(|head| guest.status(head)), [0; 4]);
+        assert_eq!(guest.guest.get(FrontEnd::data(0), 512), pattern(5, 512));
+        assert_eq!(guest.stop_queue().await, Some(5));
+    });
+}
+
+/// All that starts the queue again, but for the kick.
+async fn describe_again(guest: &FrontEnd, base: u32) {
+    assert!(
+        guest
+            .tell_queue(number::SET_VRING_NUM, 0, guest.entries.into())
+            .await
+    );
+    assert!(guest.tell_queue(number::SET_VRING_BASE, 0, base).await);
+    assert!(guest.set_addresses(None).await);
+}
+
+#[test]
+fn a_queue_starts_again_only_after_what_was_left_at_the_device_has_ended() {
+    on_both(|| async {
+        for goes in [false, true] {
+            let attachment = Attachment::new();
+            let (mut guest, task, _area) = start(&attachment, protocol::OFFERED).await;
+            held_back(&attachment, &mut guest, &[(0, WRITE)]).await;
+            assert_eq!(guest.stop_queue().await, Some(1));
+            describe_again(&guest, 1).await;
+            let queue = 0u64.to_ne_bytes();
+            guest.send(number::SET_VRING_KICK, &queue, Some(guest.kick.as_fd()));
+            many_turns().await;
+            assert!(!is_answered(&guest));
+            assert_eq!(
+                attachment.device.log.borrow().len(),
+                1,
+                "it is not done again yet"
+            );
+            if goes {
+                drop(guest);
+                many_turns().await;
+                assert!(!task.is_finished(), "its request runs");
+                attachment.device.release();
+                task.await;
+                assert_eq!(attachment.device.log.borrow().len(), 1);
+                continue;
+            }
+            attachment.device.release();
+            assert_eq!(guest.reply().await.unwrap().1, queue, "it is started");
+            guest.called_for(1).await;
+            assert_eq!(*attachment.device.log.borrow(), ["write 0+512 fua=false"; 2]);
+        }
+    });
+}
+
+#[test]
+fn what_was_left_before_it_reached_the_device_does_not_reach_it() {
+    on_both(|| async {
+        let attachment = Attachment::new();
+        let (mut guest, _task, _area) = start(&attachment, protocol::OFFERED).await;
+        attachment.device.hold();
+        let heads: Vec<u16> = (0..24).map(|i| 3 * i).collect();
+        for head in &heads {
+            guest.lay(*head, WRITE, (*head).into(), 512);
+            guest.offer(*head);
+        }
+        eventually("some are at the device", || attachment.device.running.get() > 3).await;
+        many_turns().await;
+        let running = attachment.device.running.get();
+        assert!(running < heads.len(), "some wait for their turn");
+        assert_eq!(guest.stop_queue().await, Some(24));
+        attachment.device.release();
+        eventually("they have ended", || attachment.device.ended.get() == running).await;
+        many_turns().await;
+        assert_eq!(attachment.device.log.borrow().len(), running);
+        attachment.device.log.borrow_mut().clear();
+        assert!(guest.start_queue(24).await);
+        guest.called_for(24).await;
+        let order = heads
+            .iter()
+            .map(|head| format!("write {}+512 fua=false", u32::from(*head) * 512));
+        assert_eq!(*attachment.device.log.borrow(), order.collect::<Vec<_>>());
+    });
+}
+
+#[test]
+fn without_the_feature_or_an_area_a_queue_stops_after_its_last_request() {
+    on_both(|| async {
+        for has_area in [false, true] {
+            let attachment = Attachment::new();
+            let (mut guest, _task) = attachment.connect();
+            let protocol = match has_area {
+                false => protocol::OFFERED,
+                true => protocol::OFFERED & !protocol::GET_VRING_BASE_INFLIGHT,
+            };
+            guest.agree_on(FEATURES, protocol).await;
+            if has_area {
+                let area = guest.inflight_area().await;
+                assert!(guest.use_area(&area).await);
+            }
+            assert!(guest.pass_memory().await && guest.start_queue(0).await);
+            held_back(&attachment, &mut guest, &[(0, WRITE)]).await;
+            guest.send(number::GET_VRING_BASE, &[0; 8], None);
+            many_turns().await;
+            assert!(!is_answered(&guest));
+            attachment.device.release();
+            assert_eq!(guest.reply().await.unwrap().1, [0, 0, 0, 0, 1, 0, 0, 0]);
+            assert_eq!((guest.used_heads(), guest.status(0)), (vec![0], 0));
+        }
+    });
+}
+
+#[test]
+fn the_feature_is_not_agreed_on_without_the_area() {
+    on_both(|| async {
+        let attachment = Attachment::new();
+        let (mut guest, _task) = attachment.connect();
+        guest
+            .tell(number::SET_PROTOCOL_FEATURES, &[protocol::REPLY_ACK])
+            .await;
+        guest.need_reply = true;
+        let alone = protocol::REPLY_ACK | protocol::GET_VRING_BASE_INFLIGHT;
+        assert!(!guest.tell(number::SET_PROTOCOL_FEATURES, &[alone]).await);
+        let both = alone | protocol::INFLIGHT_SHMFD;
+        assert!(guest.tell(number::SET_PROTOCOL_FEATURES, &[both]).await);
+    });
+}
+
+/// What the source has left is at the device when the target starts. Its last write lands before the target's first.
+#[test]
+fn another_attachment_does_again_what_was_left_after_the_first_has_ended() {
+    on_both(|| async {
+        let attachment = Attachment::new();
+        let (mut source, source_task, area) = start(&attachment, protocol::OFFERED).await;
+        held_back(&attachment, &mut source, &[(0, WRITE), (3, READ)]).await;
+        assert_eq!(source.stop_queue().await, Some(2));
+
+        let fenced = Rc::new(Cell::new(false));
+        let first = attachment.sessions.clone();
+        let takeover = {
+            let fenced = fenced.clone();
+            move || -> std::pin::Pin<Box<dyn Future<Output = libvol::Result<()>>>> {
+                let (first, fenced) = (first.clone(), fenced.clone());
+                Box::pin(async move {
+                    first.end_all(Duration::from_millis(1)).await;
+                    fenced.set(true);
+                    Ok(())
+                })
+            }
+        };
+        let second = Attachment {
+            device: attachment.device.clone(),
+            sessions: Sessions::new(Some(Box::new(takeover))),
+            read_only: false,
+            writeback: attachment.writeback.clone(),
+            moved: true,
+        };
+        let (mut target, _task) = second.connect();
+        let FrontEnd { guest: memory, .. } = source;
+        target.guest = memory;
+        target.agree(FEATURES).await;
+        assert!(target.use_area(&area).await && target.pass_memory().await);
+        describe_again(&target, 2).await;
+        assert!(target.tell_queue(number::SET_VRING_ENABLE, 0, 1).await);
+        let queue = 0u64.to_ne_bytes();
+        assert!(
+            target
+                .ask(number::SET_VRING_CALL, &queue, Some(target.call.as_fd()))
+                .await
+        );
+        target.send(number::SET_VRING_KICK, &queue, Some(target.kick.as_fd()));
+        many_turns().await;
+        assert!(
+            !fenced.get() && !is_answered(&target),
+            "the source's write is at the device"
+        );
+        assert_eq!(attachment.device.log.borrow().len(), 2);
+        attachment.device.release();
+        assert_eq!(target.reply().await.unwrap().1, queue, "it is started");
+        assert!(fenced.get());
+        source_task.await;
+        target.called_for(2).await;
+        assert_eq!(target.used_heads(), [0, 3]);
+        assert_eq!(attachment.device.log.borrow().len(), 4);
+    });
+}
+
+#[test]
+fn a_device_that_is_reset_does_nothing_again() {
+    on_both(|| async {
+        let attachment = Attachment::new();
+        let (mut guest, _task, area) = start(&attachment, protocol::OFFERED).await;
+        held_back(&attachment, &mut guest, &[(0, WRITE), (3, WRITE)]).await;
+        assert_eq!(guest.stop_queue().await, Some(2));
+        guest.send(number::RESET_DEVICE, &[], None);
+        many_turns().await;
+        assert!(!is_answered(&guest), "they are at the device");
+        attachment.device.release();
+        assert_eq!(guest.reply().await.unwrap().1, 0u64.to_ne_bytes());
+        attachment.device.log.borrow_mut().clear();
+        assert!(guest.use_area(&area).await);
+        guest.guest.begin_at(0);
+        assert!(guest.start_queue(0).await);
+        many_turns().await;
+        assert!(attachment.device.log.borrow().is_empty());
+        assert_eq!(guest.carry_out(6, WRITE, 6, 512).await, 0);
+        assert_eq!(*attachment.device.log.borrow(), ["write 3072+512 fua=false"]);
+    });
+}
+
+/// QEMU says that when it has stopped the queues, and before it looks at the area.
+#[test]
+fn what_was_left_outlives_a_status_of_nothing() {
+    on_both(|| async {
+        let attachment = Attachment::new();
+        let (mut guest, _task, _area) = start(&attachment, protocol::OFFERED).await;
+        held_back(&attachment, &mut guest, &[(0, WRITE)]).await;
+        assert_eq!(guest.stop_queue().await, Some(1));
+        assert!(guest.tell(number::SET_STATUS, &[0]).await);
+        assert_eq!(attachment.device.running.get(), 1, "nobody has waited for it");
+        attachment.device.release();
+        assert!(guest.start_queue(1).await);
+        guest.called_for(1).await;
+        assert_eq!(guest.used_heads(), [0]);
+    });
+}
