@@ -250,28 +250,12 @@ mod tests {
     use std::os::unix::net::UnixStream;
     use std::path::Path;
 
-    use libvol::catalog::Catalog;
-    use libvol::disk::EngineChoice;
     use libvol::ids::Epoch;
-    use libvol::keys::LocalKeystore;
     use rustix::process::geteuid;
 
     use super::*;
-    use crate::data_dir::DataDir;
-    use crate::operations::Settings;
-    use crate::passed::PassedDoors;
 
     const MIB: u64 = 1 << 20;
-
-    async fn start(dir: &Path) -> Arc<Operations> {
-        let dirs = DataDir::take(dir).unwrap();
-        let catalog = Catalog::open(&dirs.catalog()).unwrap();
-        let keys = Arc::new(LocalKeystore::open_or_create(&dirs.keys()).unwrap());
-        let (settings, passed) = (Settings::default(), PassedDoors::default());
-        Operations::start(dirs, catalog, keys, 1, EngineChoice::Threads, settings, passed)
-            .await
-            .unwrap()
-    }
 
     fn asked_for(incoming: bool) -> control::Attach {
         control::Attach {
@@ -294,7 +278,7 @@ mod tests {
 
     impl Moving {
         async fn new(dir: &Path) -> Self {
-            let operations = start(&dir.join("data")).await;
+            let operations = Operations::start_in(&dir.join("data"), 1).await.unwrap();
             let store = control::StoreAdd {
                 name: "a".parse().unwrap(),
                 path: dir.join("a.store").to_str().unwrap().to_owned(),
@@ -403,7 +387,7 @@ mod tests {
         // (Its directory is locked until the last has gone.)
         drop(operations);
         Moving {
-            operations: start(&dir.join("data")).await,
+            operations: Operations::start_in(&dir.join("data"), 1).await.unwrap(),
             volume,
             first,
             second,
