@@ -4,11 +4,13 @@
 //! around, changes something, and lets it [go](Guest::go) on. The drive is whatever arguments `volctl attach` printed, so
 //! that these are tried too, and each transport is only other arguments.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -230,13 +232,17 @@ fn accelerator() -> &'static str {
     }
 }
 
-/// The directory of an image that vm-images/build.sh makes: `guest` or `disk`. Made by the first who asks.
+/// The directory of an image that vm-images/build.sh makes: `guest` or `disk`. Made by the first who asks; a test asks once (what
+/// packages there are takes apt seconds to say).
 ///
 /// # Panics
 /// When it cannot be made, with what the script said.
 pub fn image(what: &str) -> PathBuf {
+    static MADE: Mutex<BTreeMap<String, PathBuf>> = Mutex::new(BTreeMap::new());
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../vm-images/build.sh");
-    PathBuf::from(succeed(Command::new(script).arg(what).stdin(Stdio::null())).trim())
+    let make = || PathBuf::from(succeed(Command::new(script).arg(what).stdin(Stdio::null())).trim());
+    let mut made = MADE.lock().expect("an image could be made");
+    made.entry(what.to_owned()).or_insert_with(make).clone()
 }
 
 /// A thread that sends every line of the console, and writes all of it to a file.

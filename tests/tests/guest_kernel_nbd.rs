@@ -42,6 +42,9 @@ fn what_the_kernels_nbd_client_has_synced_is_there_when_it_connects_again_after_
     let command = tls::serve_command(&vold, tls::port(&attached), &["--tls-1-2"]);
     vold.restart_with(command);
     guest.go();
+    guest.is_at("failed");
+    assert_eq!(connections(&vold), 0, "nobody has connected again");
+    guest.go();
     guest.passes();
     for replica in vold.volume("acme/vol")["replicas"].as_array().unwrap() {
         assert_eq!(replica["state"], "in_sync", "{replica}");

@@ -1,6 +1,7 @@
 # The daemon goes away in the middle of storm and comes back. The kernel's NBD client does not connect again by itself, though
-# it is told to: requests fail, and some may wait until it is disconnected. Connected anew, all that was said to be synced is there.
-nbd_options=-persist
+# it is told to: requests fail. Connected anew, all that was said to be synced is there.
+# (Without -timeout, requests that are under way may wait until it is disconnected.)
+nbd_options='-persist -timeout 5'
 connect
 /sbin/mke2fs -q -F -t ext4 $disk
 mount -t ext4 $disk /mnt
@@ -8,9 +9,10 @@ sync
 storm &
 storm=$!
 at outage
-disconnect
 if wait $storm; then false; fi
+at failed
 synced=$(cat /tmp/synced)
+disconnect
 umount /mnt
 until_true gone
 dmesg -c >/tmp/outage
