@@ -62,8 +62,12 @@ pub(super) mod protocol {
     pub(crate) const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
     /// The device status is told.
     pub(crate) const STATUS: u64 = 1 << 16;
-    /// A queue that is stopped may leave what is in flight, noted in the area for that (QEMU 11.0).
+    /// A queue that is stopped may leave what is in flight, noted in the area for that. In QEMU 11.0 it may whenever this is agreed on;
+    /// later only when it is asked to by a message of its own, and nothing tells one from the other. So without the next one,
+    /// nothing is left.
     pub(crate) const GET_VRING_BASE_INFLIGHT: u64 = 1 << 20;
+    /// There is that message.
+    pub(crate) const GET_VRING_BASE_SKIP_DRAIN: u64 = 1 << 23;
     /// All of them.
     pub(crate) const OFFERED: u64 = MQ
         | LOG_SHMFD
@@ -74,12 +78,15 @@ pub(super) mod protocol {
         | RESET_DEVICE
         | CONFIGURE_MEM_SLOTS
         | STATUS
-        | GET_VRING_BASE_INFLIGHT;
+        | GET_VRING_BASE_INFLIGHT
+        | GET_VRING_BASE_SKIP_DRAIN;
 
     /// Whether these can be agreed on: all are offered, and what is left in flight has a place.
     pub(crate) fn agrees(features: u64) -> bool {
+        let has = |bit| features & bit != 0;
         features & !OFFERED == 0
-            && (features & GET_VRING_BASE_INFLIGHT == 0 || features & INFLIGHT_SHMFD != 0)
+            && (!has(GET_VRING_BASE_INFLIGHT) || has(INFLIGHT_SHMFD))
+            && (!has(GET_VRING_BASE_SKIP_DRAIN) || has(GET_VRING_BASE_INFLIGHT))
     }
 }
 

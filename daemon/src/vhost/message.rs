@@ -64,6 +64,7 @@ pub(super) mod number {
     pub(crate) const REM_MEM_REG: u32 = 38;
     pub(crate) const SET_STATUS: u32 = 39;
     pub(crate) const GET_STATUS: u32 = 40;
+    pub(crate) const GET_VRING_BASE_SKIP_DRAIN: u32 = 45;
 }
 
 /// Why bytes are no message that can be followed. The conversation ends.
@@ -184,8 +185,10 @@ pub(super) enum Message {
         queue: u32,
         base: u32,
     },
+    /// It is stopped: after what is in flight, or at once.
     GetVringBase {
         queue: u32,
+        skip_drain: bool,
     },
     SetVringKick {
         queue: u32,
@@ -276,10 +279,13 @@ impl Message {
                 queue: reader.u32()?,
                 base: reader.u32()?,
             },
-            number::GET_VRING_BASE => {
+            number::GET_VRING_BASE | number::GET_VRING_BASE_SKIP_DRAIN => {
                 let queue = reader.u32()?;
                 reader.skip(4)?;
-                Self::GetVringBase { queue }
+                Self::GetVringBase {
+                    queue,
+                    skip_drain: header.request == number::GET_VRING_BASE_SKIP_DRAIN,
+                }
             }
             number::SET_VRING_KICK => {
                 let (queue, has_fd) = reader.queue_and_fd()?;
@@ -392,7 +398,7 @@ pub(super) fn reply(request: u32, payload: &[u8]) -> Vec<u8> {
     encode(request, VERSION | FLAG_REPLY, payload)
 }
 
-/// The reply to GET_VRING_BASE.
+/// The reply to GET_VRING_BASE, and to GET_VRING_BASE_SKIP_DRAIN.
 pub(super) fn vring_base(queue: u32, base: u16) -> [u8; 8] {
     let mut bytes = [0; 8];
     bytes[..4].copy_from_slice(&queue.to_ne_bytes());
@@ -555,6 +561,7 @@ mod tests {
             (SET_VRING_ADDR, 40),
             (SET_VRING_BASE, 8),
             (GET_VRING_BASE, 8),
+            (GET_VRING_BASE_SKIP_DRAIN, 8),
             (SET_VRING_KICK, 8),
             (SET_VRING_CALL, 8),
             (SET_VRING_ERR, 8),

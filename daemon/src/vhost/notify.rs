@@ -114,13 +114,22 @@ impl Call {
         }
     }
 
-    /// Takes a descriptor over without calling: one for faults, of which there are none yet. What is no eventfd shows when it is
-    /// to be called, and is left alone then.
-    pub(super) fn silent(descriptor: OwnedFd, signals: &Rc<Signals>, leavings: &Rc<Leavings>) -> Self {
-        Self {
-            descriptor: Some(descriptor),
-            signals: signals.clone(),
-            leavings: leavings.clone(),
+    /// Takes a descriptor over without calling: one for faults, of which there are none yet.
+    ///
+    /// # Errors
+    /// What is no eventfd comes back. Kept, the peer's own end of a socket would never be seen to hang up.
+    pub(super) fn silent(
+        descriptor: OwnedFd,
+        signals: &Rc<Signals>,
+        leavings: &Rc<Leavings>,
+    ) -> Result<Self, OwnedFd> {
+        match is_eventfd(&descriptor) {
+            false => Err(descriptor),
+            true => Ok(Self {
+                descriptor: Some(descriptor),
+                signals: signals.clone(),
+                leavings: leavings.clone(),
+            }),
         }
     }
 
@@ -148,6 +157,13 @@ impl Drop for Call {
     fn drop(&mut self) {
         self.leavings.put_all(self.descriptor.take());
     }
+}
+
+/// Whether it is one, by the name that the kernel gives it (proc_pid_fd(5)): those of files in file systems begin with a slash, and no file
+/// system is asked. One that cannot be told is none.
+fn is_eventfd(descriptor: &OwnedFd) -> bool {
+    let name = std::fs::read_link(format!("/proc/self/fd/{}", descriptor.as_raw_fd()));
+    name.is_ok_and(|name| name.as_os_str() == "anon_inode:[eventfd]")
 }
 
 /// A thread's way to signal eventfds. One serves all its queues.

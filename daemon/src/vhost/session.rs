@@ -5,8 +5,8 @@
 //! device. A queue begins when it has a kick and is enabled, and ends with GET_VRING_BASE or a reset, which are answered
 //! after its last request has been; so is what disables it. Queues that run keep their place: of what describes them, only the log may change.
 //!
-//! Where front-ends have agreed to find requests in flight left in the area for that (GET_VRING_BASE_INFLIGHT), GET_VRING_BASE is answered
-//! at once. No queue of theirs starts again before what such a queue still had at the device has ended.
+//! GET_VRING_BASE_SKIP_DRAIN is answered at once, with requests in flight left in the area for that. No queue of its front-end starts
+//! again before what such a queue still had at the device has ended.
 //!
 //! The guest's memory and the cache's mode outlive a reset, for front-ends tell only what has changed of them.
 //!
@@ -117,7 +117,7 @@ struct Place<D> {
     call: CallPlace,
     faults: CallPlace,
     area: Option<InflightArea>,
-    /// It was suspended: the area may have heads that are to be done again.
+    /// The area may have heads that are to be done again: it is new here, or the queue was suspended.
     has_left: bool,
     started: Option<Started<D>>,
 }
@@ -319,10 +319,15 @@ impl<D: Device> Session<D> {
                 self.stopped(queue)?.base = base;
             }
             Message::SetVringAddr { queue, addresses } => self.set_addresses(queue, addresses)?,
-            Message::GetVringBase { queue } => {
-                self.place(queue)?;
-                let base = match self.suspends(queue) {
+            Message::GetVringBase { skip_drain: true, .. } if !self.may_suspend() => {
+                return Err("a queue that is to leave what is in flight, which was not agreed on".into());
+            }
+            Message::GetVringBase { queue, skip_drain } => {
+                let place = self.place(queue)?;
+                let has_area = place.started.as_ref().is_some_and(Started::can_suspend);
+                let base = match skip_drain && has_area {
                     true => self.suspend(queue as usize),
+                    // Without an area there is nowhere to leave anything.
                     false => self.stop(queue as usize).await,
                 };
                 return Ok(Answer::Reply(message::vring_base(queue, base).to_vec()));
@@ -367,20 +372,28 @@ impl<D: Device> Session<D> {
                 drop(earlier);
             }
             Message::SetVringErr { queue, .. } => {
-                let faults = descriptor(&mut descriptors);
-                let faults = faults.map(|faults| Call::silent(faults, &self.signals, &self.leavings));
+                let faults = match descriptor(&mut descriptors) {
+                    None => None,
+                    Some(event) => match Call::silent(event, &self.signals, &self.leavings) {
+                        Ok(faults) => Some(faults),
+                        Err(other) => {
+                            self.leavings.put(other);
+                            return Err("something that is no eventfd, to tell of faults by".into());
+                        }
+                    },
+                };
                 let earlier = self.place(queue)?.faults.replace(faults);
                 drop(earlier);
             }
             Message::SetVringEnable { queue, on } => {
+                let may_suspend = self.may_suspend();
                 let place = self.place(queue)?;
                 place.enabled = on;
-                let suspends = self.suspends(queue);
-                match &self.place(queue)?.started {
+                match &place.started {
                     None => self.start(queue).await?,
                     Some(started) if on => started.enable(),
-                    // QEMU's word before it stops it, which is not to wait for what is in flight.
-                    Some(started) if suspends => started.pause(),
+                    // QEMU's word before it stops it; whether that waits for what is in flight, the next message says.
+                    Some(started) if may_suspend && started.can_suspend() => started.pause(),
                     // For some front-ends that is all of a pause.
                     Some(started) => started.disable().await,
                 }
@@ -511,7 +524,8 @@ impl<D: Device> Session<D> {
             place.area = None;
         }
         for (queue, area) in areas.into_iter().enumerate() {
-            self.place(queue as u32)?.area = Some(area);
+            let place = self.place(queue as u32)?;
+            (place.area, place.has_left) = (Some(area), true);
         }
         self.cache_mode = CacheMode::behind(&self.account, file, offset, len, queues, queue_size);
         if let (Some(mode), false) = (&self.cache_mode, self.sessions.is_to_take_over()) {
@@ -640,6 +654,7 @@ impl<D: Device> Session<D> {
             call: place.call.clone(),
             faults: place.faults.clone(),
         };
+        place.has_left = false;
         let is_first = front.queues().count() == 0;
         match Started::new(&front, setup) {
             Ok(started) => place.started = Some(started),
@@ -669,13 +684,9 @@ impl<D: Device> Session<D> {
         place.base
     }
 
-    /// Whether a queue is stopped with what it has in flight left for later.
-    fn suspends(&self, queue: u32) -> bool {
-        let started = self
-            .queues
-            .get(queue as usize)
-            .and_then(|place| place.started.as_ref());
-        self.protocol & protocol::GET_VRING_BASE_INFLIGHT != 0 && started.is_some_and(Started::can_suspend)
+    /// Whether a queue may be stopped with what it has in flight left for later.
+    fn may_suspend(&self) -> bool {
+        self.protocol & protocol::GET_VRING_BASE_SKIP_DRAIN != 0
     }
 
     /// Stops a queue that runs, at once. Gives where it stands.

@@ -364,8 +364,20 @@ impl FrontEnd {
     /// # Errors
     /// The socket's.
     pub fn stop_queue(&self, index: usize) -> io::Result<u32> {
+        self.stop_queue_by(GET_VRING_BASE, index)
+    }
+
+    /// GET_VRING_BASE_SKIP_DRAIN, which leaves what is in flight to later; gives where the queue stopped.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn suspend_queue(&self, index: usize) -> io::Result<u32> {
+        self.stop_queue_by(GET_VRING_BASE_SKIP_DRAIN, index)
+    }
+
+    fn stop_queue_by(&self, message: u32, index: usize) -> io::Result<u32> {
         let state = vring_state(index as u32, 0);
-        let payload = self.wire.ask(GET_VRING_BASE, &state, &[])?.payload;
+        let payload = self.wire.ask(message, &state, &[])?.payload;
         Ok(u32::from_le_bytes(payload[4..8].try_into().expect("4 bytes")))
     }
 

@@ -32,6 +32,8 @@ pub const SET_VRING_ADDR: u32 = 9;
 pub const SET_VRING_BASE: u32 = 10;
 /// VHOST_USER_GET_VRING_BASE.
 pub const GET_VRING_BASE: u32 = 11;
+/// VHOST_USER_GET_VRING_BASE_SKIP_DRAIN.
+pub const GET_VRING_BASE_SKIP_DRAIN: u32 = 45;
 /// VHOST_USER_SET_VRING_KICK.
 pub const SET_VRING_KICK: u32 = 12;
 /// VHOST_USER_SET_VRING_CALL.
@@ -91,6 +93,8 @@ pub const PF_RESET_DEVICE: u64 = 1 << 13;
 pub const PF_CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
 /// Protocol feature GET_VRING_BASE_INFLIGHT.
 pub const PF_GET_VRING_BASE_INFLIGHT: u64 = 1 << 20;
+/// Protocol feature GET_VRING_BASE_SKIP_DRAIN.
+pub const PF_GET_VRING_BASE_SKIP_DRAIN: u64 = 1 << 23;
 
 const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;

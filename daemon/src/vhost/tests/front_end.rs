@@ -210,7 +210,16 @@ impl FrontEnd {
 
     /// Stops the queue. Gives where it stood.
     pub(super) async fn stop_queue(&self) -> Option<u32> {
-        self.send(number::GET_VRING_BASE, &[0; 8], None);
+        self.stop_queue_by(number::GET_VRING_BASE).await
+    }
+
+    /// Stops the queue, with what is in flight left to later.
+    pub(super) async fn suspend_queue(&self) -> Option<u32> {
+        self.stop_queue_by(number::GET_VRING_BASE_SKIP_DRAIN).await
+    }
+
+    async fn stop_queue_by(&self, message: u32) -> Option<u32> {
+        self.send(message, &[0; 8], None);
         let (_, payload, _) = self.reply().await?;
         Some(u32::from_ne_bytes(payload[4..].try_into().unwrap()))
     }
