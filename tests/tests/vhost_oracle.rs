@@ -1,5 +1,5 @@
 //! The front-end of these suites and the client `blkio` do what front-ends do: another back-end, QEMU's, serves them both. What they
-//! then find wrong with vold is vold's.
+//! then find wrong with vold is vold's. What both offer is the table in docs/VHOST-USER.md.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use std::process::Child;
 use tempfile::TempDir;
 use vold_tests::content::bytes;
 use vold_tests::disk::{Ask, Disk};
-use vold_tests::tools::tool;
+use vold_tests::tools::{run, tool};
 use vold_tests::vhost::*;
 use vold_tests::wait_for;
 
@@ -131,4 +131,82 @@ fn blkio_is_served_by_qemus_back_end() {
     };
     assert_eq!(disk.call(zeroes), 0);
     assert!(disk.read(512, 1024) == vec![0; 1024]);
+}
+
+/// Device features by bit, and protocol features by bit, as docs/VHOST-USER.md has them.
+const FEATURES: [(u32, &str); 14] = [
+    (32, "VIRTIO 1 (32)"),
+    (28, "indirect descriptors (28)"),
+    (29, "event index (29)"),
+    (34, "packed ring (34)"),
+    (9, "FLUSH (9)"),
+    (11, "CONFIG_WCE (11)"),
+    (13, "DISCARD (13)"),
+    (14, "WRITE_ZEROES (14)"),
+    (12, "MQ (12)"),
+    (10, "TOPOLOGY (10)"),
+    (6, "BLK_SIZE (6)"),
+    (2, "SEG_MAX (2)"),
+    (1, "SIZE_MAX (1)"),
+    (26, "log of written pages (26)"),
+];
+const PROTOCOL_FEATURES: [(u32, &str); 11] = [
+    (0, "MQ (0)"),
+    (9, "CONFIG (9)"),
+    (3, "REPLY_ACK (3)"),
+    (5, "BACKEND_REQ (5)"),
+    (15, "CONFIGURE_MEM_SLOTS (15)"),
+    (12, "INFLIGHT_SHMFD (12)"),
+    (1, "LOG_SHMFD (1)"),
+    (13, "RESET_DEVICE (13)"),
+    (16, "STATUS (16)"),
+    (20, "GET_VRING_BASE_INFLIGHT (20)"),
+    (23, "GET_VRING_BASE_SKIP_DRAIN (23)"),
+];
+
+/// The answers, a row of the table each.
+fn features(socket: &Path) -> Vec<(&'static str, bool)> {
+    let wire = wait_for("there is a place", || Wire::connect(socket).ok());
+    let device = wire.number(GET_FEATURES).unwrap();
+    let protocol = wire.number(GET_PROTOCOL_FEATURES).unwrap();
+    let has = |bits: u64| move |&(bit, name): &(u32, &'static str)| (name, bits >> bit & 1 != 0);
+    let device = FEATURES.iter().map(has(device));
+    device
+        .chain(PROTOCOL_FEATURES.iter().map(has(protocol)))
+        .collect()
+}
+
+#[test]
+fn the_table_in_the_docs_is_what_the_programs_answer() {
+    let vold = vold_tests::Vold::start();
+    let qemu = Qemu::start();
+    let ours = features(&vold.with_vhost_volume(1, vold_tests::vold::STORE, "8M"));
+    let theirs = features(&qemu.socket);
+    let rows: Vec<String> = (ours.iter().zip(&theirs))
+        .map(|((name, ours), (_, theirs))| {
+            let yes = |has: bool| if has { "yes" } else { "no" };
+            format!("| {name} | {} | {} |", yes(*ours), yes(*theirs))
+        })
+        .collect();
+    let lacking: Vec<&str> = ours
+        .iter()
+        .filter(|(_, has)| !has)
+        .map(|(name, _)| *name)
+        .collect();
+    assert_eq!(lacking, ["packed ring (34)"]);
+    let docs = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/VHOST-USER.md");
+    let docs = std::fs::read_to_string(docs).unwrap();
+    let are_those = run("qemu-storage-daemon", ["--version"]).contains(" 10.");
+    for row in &rows {
+        // The table says of which version it speaks; of others, our own column is all that is held.
+        let held = match are_those {
+            true => row.clone(),
+            false => row.split_inclusive('|').take(3).collect(),
+        };
+        assert!(
+            docs.contains(&held),
+            "docs/VHOST-USER.md lacks: {held}\nall rows:\n{}",
+            rows.join("\n")
+        );
+    }
 }
