@@ -209,12 +209,12 @@ pub(crate) mod tests {
 
     use super::*;
 
-    /// A socket whose close takes some seconds, or until its peer goes: there is something in it that nobody receives.
+    /// A socket whose close takes minutes, or until its peer goes: there is something in it that nobody receives.
     pub(crate) fn lingering() -> (OwnedFd, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (peer, _) = listener.accept().unwrap();
-        set_socket_linger(&socket, Some(Duration::from_secs(10))).unwrap();
+        set_socket_linger(&socket, Some(Duration::from_secs(300))).unwrap();
         socket.set_nonblocking(true).unwrap();
         while socket.write(&[0; 65536]).is_ok() {}
         (socket.into(), peer)

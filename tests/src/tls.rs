@@ -215,7 +215,7 @@ pub fn port(attached: &Value) -> u16 {
 }
 
 /// Directory of a VM's certificate, which is issued if it is not there.
-pub fn certificate(vold: &Vold, customer: &str, vm: &str) -> PathBuf {
+pub fn issued(vold: &Vold, customer: &str, vm: &str) -> PathBuf {
     let out = vold.path(&format!("{customer}-{vm}"));
     if !out.exists() {
         issue_by(vold, &pki(vold), customer, vm, &out, "");

@@ -52,7 +52,7 @@ impl Via {
                 Machine::running(&vold.path(""), script).with(&attached["qemu_args"])
             }
             Via::KernelNbd => {
-                let certificate = tls::certificate(vold, "acme", "vm1");
+                let certificate = tls::issued(vold, "acme", "vm1");
                 nbd_client_machine(vold, attached, script, &certificate)
             }
         }

@@ -18,7 +18,7 @@ fn certificates_of_others(vold: &Vold) -> [PathBuf; 2] {
     vold.ctl("customer create globex");
     [("globex", "vm2"), ("acme", "vm3")].map(|(customer, vm)| {
         vold.ctl(&format!("vm create {vm} --customer {customer}"));
-        tls::certificate(vold, customer, vm)
+        tls::issued(vold, customer, vm)
     })
 }
 
@@ -108,6 +108,7 @@ fn the_kernels_nbd_client_gets_no_disk_with_the_certificate_of_another_vm() {
     wait_for("its own one is connected", || {
         (connections(&vold) == 1).then_some(())
     });
+    assert!(vold.log().contains("connected, over TLS"), "{}", vold.log());
     guest.go();
     guest.passes();
     is_clean_after(vold);

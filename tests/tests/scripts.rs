@@ -55,7 +55,7 @@ fn no_pipe_of_a_script_ends_at_a_reader_that_may_leave_early() {
             "{path:?} goes on after errors"
         );
         // A pipe may begin on the line before.
-        let joined = text.replace("\\\n", " ");
+        let joined = text.replace("\\\n", " ").replace("|\n", "| ");
         for line in joined.lines().filter(|line| ends_at_a_reader_that_leaves(line)) {
             wrong.push(format!("{}: {}", path.display(), line.trim()));
         }

@@ -6,14 +6,14 @@ use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::set_socket_linger;
 use serde_json::Value;
 use vold_tests::content::bytes;
 use vold_tests::vhost::*;
 use vold_tests::vold::STORE;
-use vold_tests::{Vold, scale};
+use vold_tests::{PATIENCE, Vold, scale};
 
 const INCOMING: &str = "attach acme/vol --vm vm1 --via vhost-user --incoming";
 
@@ -133,13 +133,17 @@ fn both_attachments_outlive_the_daemon_until_one_has_taken_over() {
 fn stopped_with_requests_in_flight(load: &mut Load) -> usize {
     load.run(200);
     load.push();
-    for queue in 0..load.front_end.queues.len() {
+    let front_end = &load.front_end;
+    let mut left = 0;
+    for queue in 0..front_end.queues.len() {
         // QEMU's two messages.
-        load.front_end.enable_queue(queue, false).unwrap();
-        load.front_end.suspend_queue(queue).unwrap();
+        front_end.enable_queue(queue, false).unwrap();
+        let base = front_end.suspend_queue(queue).unwrap() as u16;
+        // What it has taken and not given back.
+        left += usize::from(base.wrapping_sub(front_end.queues[queue].used_index(&front_end.memory)));
     }
     load.take();
-    load.running.len()
+    left
 }
 
 fn leaving_requests() -> Shape {
@@ -203,14 +207,21 @@ fn a_daemon_killed_after_the_record_of_a_takeover_leaves_the_volume_to_the_secon
         source.push();
         let starting = std::thread::spawn(move || {
             // It may be too late to be told that it may.
-            let _ = target.start();
-            target
+            let told = target.start().is_ok();
+            (target, told)
         });
+        // (Looked at without a break: what is meant to be met is short.)
+        let begun = Instant::now();
         while first.exists() {
-            std::hint::spin_loop();
+            assert!(begun.elapsed() < PATIENCE, "nothing is taken over");
+            std::thread::yield_now();
         }
         vold.kill();
-        let mut target = starting.join().unwrap();
+        let (mut target, told) = starting.join().unwrap();
+        println!(
+            "round {round}: killed {} it was fenced",
+            if told { "after" } else { "before" }
+        );
         source.front_end.wire.ends();
         source.take();
         vold.restart();
@@ -369,6 +380,7 @@ fn front_ends_that_leave_what_is_never_closed_are_fenced_all_the_same() {
     let mut target = FrontEnd::greeted(&second, Shape::default());
     // The close of each waits for what its peer does not take.
     let lingering = Lingering::new();
+    let mut sent = 0;
     for _ in 0..300 {
         let socket = lingering.socket();
         let message = message(SET_VRING_ERR, 0, &0_u64.to_le_bytes());
@@ -381,7 +393,9 @@ fn front_ends_that_leave_what_is_never_closed_are_fenced_all_the_same() {
         if source.wire.send_bytes(&message[1..], &[]).is_err() {
             break;
         }
+        sent += 1;
     }
+    assert!(sent > 256, "{sent} are no more than may be unclosed");
     target.start().expect("the device starts");
     source.wire.ends();
     let block = bytes(3, 4096);

@@ -1,7 +1,7 @@
 # The daemon goes away in the middle of storm and comes back. The kernel's NBD client does not connect again by itself, though
 # it is told to: requests fail. Connected anew, all that was said to be synced is there.
 # (Without -timeout, requests that are under way may wait until it is disconnected.)
-nbd_options='-persist -timeout 5'
+nbd_options='-persist -timeout 60'
 connect
 /sbin/mke2fs -q -F -t ext4 $disk
 mount -t ext4 $disk /mnt

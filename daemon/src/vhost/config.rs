@@ -86,7 +86,7 @@ pub(super) mod protocol {
         let has = |bit| features & bit != 0;
         features & !OFFERED == 0
             && (!has(GET_VRING_BASE_INFLIGHT) || has(INFLIGHT_SHMFD))
-            && (!has(GET_VRING_BASE_SKIP_DRAIN) || has(GET_VRING_BASE_INFLIGHT))
+            && (!has(GET_VRING_BASE_SKIP_DRAIN) || has(INFLIGHT_SHMFD))
     }
 }
 

@@ -180,7 +180,7 @@ impl InflightArea {
     /// # Errors
     /// A page has gone.
     pub(super) fn forget(&self) -> Result<(), BadMemory> {
-        for head in 0..self.size {
+        for (_, head) in self.marked()? {
             self.mapping.store_u8(self.entry(head)? + IN_FLIGHT, 0)?;
         }
         Ok(())

@@ -3,7 +3,7 @@
 //! Every message is answered before the next is read. One that cannot be carried out is answered with an error when the
 //! front-end waits for an answer, and ends the conversation when it does not: it would go on under a wrong idea of its
 //! device. A queue begins when it has a kick and is enabled, and ends with GET_VRING_BASE or a reset, which are answered
-//! after its last request has been; so is what disables it. Queues that run keep their place: of what describes them, only the log may change.
+//! after its last request has been; so is what disables it, where none may be left. Queues that run keep their place: of what describes them, only the log may change.
 //!
 //! GET_VRING_BASE_SKIP_DRAIN is answered at once, with requests in flight left in the area for that. No queue of its front-end starts
 //! again before what such a queue still had at the device has ended.
@@ -117,8 +117,6 @@ struct Place<D> {
     call: CallPlace,
     faults: CallPlace,
     area: Option<InflightArea>,
-    /// The area may have heads that are to be done again: it is new here, or the queue was suspended.
-    has_left: bool,
     started: Option<Started<D>>,
 }
 
@@ -133,7 +131,6 @@ impl<D> Default for Place<D> {
             call: CallPlace::default(),
             faults: CallPlace::default(),
             area: None,
-            has_left: false,
             started: None,
         }
     }
@@ -308,7 +305,7 @@ impl<D: Device> Session<D> {
             }
             Message::ResetDevice => {
                 self.reset().await;
-                self.forget_suspended().await?;
+                self.forget_left().await?;
             }
             Message::SetVringNum { queue, size } => {
                 let size = u16::try_from(size).map_err(|_| "a queue that is too large")?;
@@ -372,16 +369,11 @@ impl<D: Device> Session<D> {
                 drop(earlier);
             }
             Message::SetVringErr { queue, .. } => {
-                let faults = match descriptor(&mut descriptors) {
-                    None => None,
-                    Some(event) => match Call::silent(event, &self.signals, &self.leavings) {
-                        Ok(faults) => Some(faults),
-                        Err(other) => {
-                            self.leavings.put(other);
-                            return Err("something that is no eventfd, to tell of faults by".into());
-                        }
-                    },
-                };
+                let event = descriptor(&mut descriptors);
+                let faults = event.and_then(|event| {
+                    let faults = Call::silent(event, &self.signals, &self.leavings);
+                    faults.map_err(|other| self.leavings.put(other)).ok()
+                });
                 let earlier = self.place(queue)?.faults.replace(faults);
                 drop(earlier);
             }
@@ -524,8 +516,7 @@ impl<D: Device> Session<D> {
             place.area = None;
         }
         for (queue, area) in areas.into_iter().enumerate() {
-            let place = self.place(queue as u32)?;
-            (place.area, place.has_left) = (Some(area), true);
+            self.place(queue as u32)?.area = Some(area);
         }
         self.cache_mode = CacheMode::behind(&self.account, file, offset, len, queues, queue_size);
         if let (Some(mode), false) = (&self.cache_mode, self.sessions.is_to_take_over()) {
@@ -654,7 +645,6 @@ impl<D: Device> Session<D> {
             call: place.call.clone(),
             faults: place.faults.clone(),
         };
-        place.has_left = false;
         let is_first = front.queues().count() == 0;
         match Started::new(&front, setup) {
             Ok(started) => place.started = Some(started),
@@ -694,7 +684,7 @@ impl<D: Device> Session<D> {
         let place = &mut self.queues[index];
         if let Some(started) = place.started.take() {
             let (base, area, in_flight) = started.suspend();
-            (place.base, place.area, place.has_left) = (base, area, true);
+            (place.base, place.area) = (base, area);
             self.suspended.retain(|earlier| earlier.count() > 0);
             self.suspended.push(in_flight);
         }
@@ -715,14 +705,12 @@ impl<D: Device> Session<D> {
         }
     }
 
-    /// The guest asks for nothing any more of what was left in flight.
-    async fn forget_suspended(&mut self) -> Result<(), Refused> {
+    /// The guest, whose queues are stopped, asks for nothing any more of what was left in flight, here or over an earlier connection.
+    async fn forget_left(&mut self) -> Result<(), Refused> {
         self.suspended_ended().await?;
-        for place in self.queues.iter_mut().filter(|place| place.has_left) {
-            if let Some(area) = &place.area {
-                area.forget()?;
-            }
-            place.has_left = false;
+        for area in self.queues.iter().filter_map(|place| place.area.as_ref()) {
+            area.forget()?;
+            yield_now().await;
         }
         Ok(())
     }

@@ -207,9 +207,7 @@ fn features_are_not_agreed_on_without_those_that_they_need() {
         let both = inflight | protocol::INFLIGHT_SHMFD;
         assert!(guest.tell(number::SET_PROTOCOL_FEATURES, &[both]).await);
         let skip_drain = ack | protocol::GET_VRING_BASE_SKIP_DRAIN;
-        for lacking in [skip_drain, skip_drain | protocol::INFLIGHT_SHMFD] {
-            assert!(!guest.tell(number::SET_PROTOCOL_FEATURES, &[lacking]).await);
-        }
+        assert!(!guest.tell(number::SET_PROTOCOL_FEATURES, &[skip_drain]).await);
         let all = both | skip_drain;
         assert!(guest.tell(number::SET_PROTOCOL_FEATURES, &[all]).await);
     });
