@@ -306,6 +306,32 @@ fn a_device_that_is_reset_does_nothing_again() {
     });
 }
 
+/// Stopped once at once, and then, while they are done again, by QEMU's two messages for a stop that waits.
+#[test]
+fn what_was_left_is_answered_before_a_paused_queue_has_stopped() {
+    on_both(|| async {
+        let attachment = Attachment::new();
+        let (mut guest, _task, _area) = start(&attachment, protocol::OFFERED).await;
+        held_back(&attachment, &mut guest, &[(0, WRITE), (3, READ)]).await;
+        assert_eq!(guest.suspend_queue().await, Some(2));
+        attachment.device.release();
+        eventually("they have ended", || attachment.device.ended.get() == 2).await;
+        attachment.device.hold();
+        assert!(guest.start_queue(2).await);
+        assert!(guest.tell_queue(number::SET_VRING_ENABLE, 0, 0).await);
+        guest.send(number::GET_VRING_BASE, &[0; 8], None);
+        many_turns().await;
+        assert!(!is_answered(&guest));
+        assert!(guest.used_heads().is_empty());
+        attachment.device.release();
+        assert_eq!(guest.reply().await.unwrap().1, [0, 0, 0, 0, 2, 0, 0, 0]);
+        let mut heads = guest.used_heads();
+        heads.sort_unstable();
+        assert_eq!(heads, [0, 3]);
+        assert_eq!([0, 3].map(|head| guest.status(head)), [0; 2]);
+    });
+}
+
 /// One that brings its area again, and resets the device before a queue starts.
 #[test]
 fn a_reset_forgets_what_an_earlier_connection_has_left() {
