@@ -123,3 +123,24 @@ pub fn fail_hint(name: &str, output: &Output, hint: &str) -> String {
     let (_, err) = texts(output);
     format!("{name} failed ({}): {}; {hint}", output.status, err.trim())
 }
+
+/// Whether each row of a table stands in a page of docs/. `are_those`: the programs here are of the versions that the page speaks of;
+/// of others, the first two cells are all that is held, the name and our own answer.
+///
+/// # Panics
+/// When one does not.
+pub fn docs_have_rows(page: &str, rows: &[String], are_those: bool) {
+    let path = format!("{}/../docs/{page}", env!("CARGO_MANIFEST_DIR"));
+    let docs = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
+    for row in rows {
+        let held = match are_those {
+            true => row.clone(),
+            false => row.split_inclusive('|').take(3).collect(),
+        };
+        assert!(
+            docs.contains(&held),
+            "docs/{page} lacks: {held}\nall rows:\n{}",
+            rows.join("\n")
+        );
+    }
+}

@@ -6,7 +6,7 @@ use std::process::{Child, Stdio};
 
 use vold_tests::nbd::*;
 use vold_tests::nbdkit::Nbdkit;
-use vold_tests::tools::{run, tool};
+use vold_tests::tools::{docs_have_rows, run, tool};
 use vold_tests::vold::parse_uri;
 use vold_tests::{Vold, wait_for};
 
@@ -119,20 +119,7 @@ fn the_table_in_the_docs_is_what_the_programs_answer() {
         columns[0].iter().all(|(_, has)| *has),
         "vold lacks one: {rows:#?}"
     );
-    let docs = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/NBD.md");
-    let docs = std::fs::read_to_string(docs).unwrap();
     let is = |program: &str, version: &str| run(program, ["--version"]).contains(version);
     let are_those = is("nbdkit", " 1.32.") && is("qemu-nbd", " 10.");
-    for row in &rows {
-        // The table says of which versions it speaks; of others, our own column is all that is held.
-        let held = match are_those {
-            true => row.clone(),
-            false => row.split_inclusive('|').take(3).collect(),
-        };
-        assert!(
-            docs.contains(&held),
-            "docs/NBD.md lacks: {held}\nall rows:\n{}",
-            rows.join("\n")
-        );
-    }
+    docs_have_rows("NBD.md", &rows, are_those);
 }

@@ -8,7 +8,7 @@ use std::process::Child;
 use tempfile::TempDir;
 use vold_tests::content::bytes;
 use vold_tests::disk::{Ask, Disk};
-use vold_tests::tools::{run, tool};
+use vold_tests::tools::{docs_have_rows, run, tool};
 use vold_tests::vhost::*;
 use vold_tests::wait_for;
 
@@ -194,19 +194,6 @@ fn the_table_in_the_docs_is_what_the_programs_answer() {
         .map(|(name, _)| *name)
         .collect();
     assert_eq!(lacking, ["packed ring (34)"]);
-    let docs = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/VHOST-USER.md");
-    let docs = std::fs::read_to_string(docs).unwrap();
     let are_those = run("qemu-storage-daemon", ["--version"]).contains(" 10.");
-    for row in &rows {
-        // The table says of which version it speaks; of others, our own column is all that is held.
-        let held = match are_those {
-            true => row.clone(),
-            false => row.split_inclusive('|').take(3).collect(),
-        };
-        assert!(
-            docs.contains(&held),
-            "docs/VHOST-USER.md lacks: {held}\nall rows:\n{}",
-            rows.join("\n")
-        );
-    }
+    docs_have_rows("VHOST-USER.md", &rows, are_those);
 }
