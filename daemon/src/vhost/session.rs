@@ -330,20 +330,10 @@ impl<D: Device> Session<D> {
                 return Ok(Answer::Reply(message::vring_base(queue, base).to_vec()));
             }
             Message::SetVringKick { queue, .. } => {
-                let kick = descriptor(&mut descriptors);
-                let kick = kick.map(|kick| {
-                    self.front
-                        .meter()
-                        .spend(|| Kick::new(kick, &self.signals, &self.leavings))
-                });
-                let kick = match kick {
-                    None => return Err("a queue without a kick would have to be polled".into()),
-                    Some(Err(other)) => {
-                        self.leavings.put(other);
-                        return Err("a kick that is no eventfd".into());
-                    }
-                    Some(Ok(kick)) => kick,
-                };
+                let kick = self.event(descriptor(&mut descriptors), "kick", |event| {
+                    Kick::new(event, &self.signals, &self.leavings)
+                })?;
+                let kick = kick.ok_or("a queue without a kick would have to be polled")?;
                 let enabled = self.starts_enabled();
                 let place = self.stopped(queue)?;
                 place.kick = Some(kick);
@@ -351,30 +341,18 @@ impl<D: Device> Session<D> {
                 self.start(queue).await?;
             }
             Message::SetVringCall { queue, .. } => {
-                let call = descriptor(&mut descriptors);
-                let call = call.map(|call| {
-                    self.front
-                        .meter()
-                        .spend(|| Call::new(call, &self.signals, &self.leavings))
-                });
-                let call = match call {
-                    Some(Err(other)) => {
-                        self.leavings.put(other);
-                        return Err("a call that is no eventfd".into());
-                    }
-                    Some(Ok(call)) => Some(call),
-                    None => None,
-                };
+                let call = self.event(descriptor(&mut descriptors), "call", |event| {
+                    Call::new(event, &self.signals, &self.leavings)
+                })?;
                 let earlier = self.place(queue)?.call.replace(call);
                 drop(earlier);
             }
             Message::SetVringErr { queue, .. } => {
-                let event = descriptor(&mut descriptors);
-                let faults = event.and_then(|event| {
-                    let faults = Call::silent(event, &self.signals, &self.leavings);
-                    faults.map_err(|other| self.leavings.put(other)).ok()
+                let faults = self.event(descriptor(&mut descriptors), "fault", |event| {
+                    Call::silent(event, &self.signals, &self.leavings)
                 });
-                let earlier = self.place(queue)?.faults.replace(faults);
+                // One that cannot be told of faults is served all the same.
+                let earlier = self.place(queue)?.faults.replace(faults.unwrap_or_default());
                 drop(earlier);
             }
             Message::SetVringEnable { queue, on } => {
@@ -672,6 +650,24 @@ impl<D: Device> Session<D> {
         let place = &mut self.queues[index];
         place.kick = None;
         place.base
+    }
+
+    /// What an eventfd serves as, if one came. Anything else is put aside.
+    fn event<T>(
+        &self,
+        came: Option<OwnedFd>,
+        what: &str,
+        make: impl FnOnce(OwnedFd) -> Result<T, OwnedFd>,
+    ) -> Result<Option<T>, Refused> {
+        let Some(event) = came else { return Ok(None) };
+        self.front
+            .meter()
+            .spend(|| make(event))
+            .map(Some)
+            .map_err(|other| {
+                self.leavings.put(other);
+                Refused(format!("a {what} that is no eventfd"))
+            })
     }
 
     /// Whether a queue may be stopped with what it has in flight left for later.
